@@ -1,0 +1,187 @@
+import copy
+import json
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel, PeftType, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.lora.conversion import convert_to_lora
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+from workbench.loki import (
+    LokiConfig,
+    LokiModel,
+    adapter_config,
+    load_adapted,
+    registration,
+    trainable_parameters,
+)
+from workbench.loki.sites import refuse_experts
+from workbench.selection import Selection
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+WIDTHS = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 40}
+CONFIGS = {
+    "gpt2": GPT2Config(**WIDTHS, n_inner=24, bos_token_id=0, eos_token_id=0),
+    "llama": LlamaConfig(**WIDTHS, intermediate_size=24),
+    "qwen2": Qwen2Config(**WIDTHS, intermediate_size=24),
+}
+ROWS = [[1, 4, 15], [0, 7, 8, 9]]
+IDS = torch.tensor([[3, 5, 7, 9, 11, 2], [4, 4, 8, 1, 30, 39]])
+
+
+def tiny(family="llama"):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[family])).eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def train(model):
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(3):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_equal_lora_by_pefts_own_conversion(family):
+    model = get_peft_model(tiny(family), LokiConfig(selection=ROWS, train_bias=False))
+    train(model)
+    config, state = convert_to_lora(model, rank=4)
+    save = {k.removeprefix("base_model.model."): v for k, v in state.items()}
+    config.fan_in_fan_out = family == "gpt2"
+    twin = get_peft_model(tiny(family), config)
+    assert not torch.allclose(logits(twin), logits(model), atol=1e-5)
+    missing = twin.load_state_dict(
+        {f"base_model.model.{k.replace('.weight', '.default.weight')}": v for k, v in save.items()}, strict=False
+    )
+    assert not missing.unexpected_keys
+    assert torch.allclose(logits(twin), logits(model), atol=1e-5)
+
+
+def test_open_what_was_saved(tmp_path):
+    base = tiny()
+    base.save_pretrained(tmp_path / "base")
+    words = Tokenizer(WordLevel({str(i): i for i in range(40)}, unk_token="0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="0").save_pretrained(tmp_path / "base")
+    untouched = copy.deepcopy(base.state_dict())
+    for method in ("loki", "loki_random", "lora"):
+        fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        config = adapter_config(method, model_config=fresh.config, selection=ROWS if "loki" in method else None, r=2)
+        model = get_peft_model(fresh, config)
+        train(model)
+        model.save_pretrained(tmp_path / method)
+        auto = AutoPeftModelForCausalLM.from_pretrained(tmp_path / method)
+        assert torch.allclose(logits(auto), logits(model), atol=1e-6)
+        for given_base in (None, base, str(tmp_path / "base")):
+            opened, tokenizer = load_adapted(tmp_path / method, given_base, device="cpu")
+            assert type(opened) is type(base)
+            assert (tokenizer is None) == (given_base is base)
+            assert torch.allclose(logits(opened), logits(model), atol=1e-6)
+    assert all(torch.equal(value, untouched[name]) for name, value in base.state_dict().items())
+    (tmp_path / "base").rename(tmp_path / "gone")
+    with pytest.raises(ValueError, match="give base="):
+        load_adapted(tmp_path / "loki")
+    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json"):
+        load_adapted(tmp_path)
+
+
+def test_rows_in_the_file_are_checked_against_the_configuration(tmp_path):
+    get_peft_model(tiny(), LokiConfig(selection=ROWS)).save_pretrained(tmp_path)
+    file = load_file(tmp_path / "adapter_model.safetensors")
+    name = next(name for name in file if name.endswith("loki_rows"))
+    save_file({**file, name: file[name] - 1}, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="disagree on which units"):
+        PeftModel.from_pretrained(tiny(), tmp_path)
+
+
+def test_a_selection_of_the_published_shape(tmp_path):
+    generator = torch.Generator().manual_seed(1)
+    published = [torch.randperm(896, generator=generator)[:89].tolist() for _ in range(24)]
+    (tmp_path / "positions.json").write_text(json.dumps(published))
+    selection = Selection.from_positions(published, unit="node", n_units=896)
+    assert LokiConfig(selection=selection).positions == LokiConfig(selection=tmp_path / "positions.json").positions
+    with torch.device("meta"):
+        shape = {"hidden_size": 896, "num_attention_heads": 14, "num_key_value_heads": 2, "num_hidden_layers": 24}
+        big = AutoModelForCausalLM.from_config(Qwen2Config(**shape, intermediate_size=48, vocab_size=40))
+    model = get_peft_model(big, LokiConfig(selection=selection), low_cpu_mem_usage=True)
+    assert trainable_parameters(model) == 24 * 89 * 48
+    with pytest.raises(ValueError, match="24 layers but Qwen2ForCausalLM has 2"):
+        get_peft_model(tiny("qwen2"), LokiConfig(selection=selection))
+    neurons = Selection(selection.mask.isel(layer=slice(2)).drop_vars("layer", errors="ignore"), unit="neuron")
+    with pytest.raises(ValueError, match=r"896 neurons per layer but layer 0 .* has 24"):
+        get_peft_model(tiny("qwen2"), LokiConfig(selection=neurons))
+    with pytest.raises(ValueError, match="over neurons but unit='node'"):
+        LokiConfig(selection=neurons, unit="node")
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({}, "needs selection="),
+        ({"selection": [[], []]}, "is empty"),
+        ({"selection": [[1], []], "layers": [1]}, "is empty within layers"),
+        ({"selection": [[1], []], "layers": [2]}, "layers 0 to 1"),
+        ({"selection": [[1, 1]]}, "names a unit twice"),
+        ({"selection": [[-1]]}, "integers from 0"),
+        ({"selection": [[0.5]]}, "integers from 0"),
+        ({"selection": [3]}, "not a list of unit indices"),
+        ({"selection": [[1]], "positions": [[1]]}, "both selection and positions"),
+        ({"selection": [[1]], "unit": "head"}, "'node' or 'neuron'"),
+        ({"selection": [[1]], "train_keys": True}, "belongs to unit='neuron'"),
+        ({"selection": [[1]], "r": -1}, "positive rank"),
+        ({"selection": [[1]], "use_rslora": True}, "give r > 0"),
+    ],
+)
+def test_settings_that_do_not_fit(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        LokiConfig(**options)
+
+
+def test_selections_that_do_not_fit_the_model():
+    with pytest.raises(FileNotFoundError, match="no position file"):
+        LokiConfig(selection="nowhere.json")
+    with pytest.raises(ValueError, match="node 16 is out of range"):
+        get_peft_model(tiny(), LokiConfig(selection=[[16], []]))
+    with pytest.raises(ValueError, match="mixture of experts"):
+        refuse_experts(MixtralConfig())
+    with pytest.raises(ValueError, match="one down-projection per layer"):
+        get_peft_model(tiny("gpt2"), LokiConfig(selection=ROWS, target_modules=["c_proj"]))
+    with pytest.raises(ValueError, match=r"not in every layer"):
+        get_peft_model(tiny("gpt2"), LokiConfig(selection=ROWS, target_modules=["down_proj"]))
+    with pytest.raises(ValueError, match="not known; choose one of"):
+        adapter_config("magic", model_config=CONFIGS["llama"])
+    with pytest.raises(ValueError, match="name it with target_modules"):
+        adapter_config("lora", model_config=MixtralConfig(num_local_experts=1))
+
+
+def test_registration_is_idempotent_and_guarded(monkeypatch):
+    members = len(PeftType)
+    registration.register(LokiConfig, LokiModel)
+    assert len(PeftType) == members
+    assert PeftType("LOKI") is PeftType["LOKI"] is copy.deepcopy(PeftType("LOKI"))
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType("LOKI")] is LokiConfig
+    with monkeypatch.context() as patch:
+        patch.setitem(PEFT_TYPE_TO_CONFIG_MAPPING, PeftType("LOKI"), CONFIGS["llama"].__class__)
+        with pytest.raises(RuntimeError, match="of its own"):
+            registration.register(LokiConfig, LokiModel)
+    monkeypatch.setattr(registration, "NAME", "LOKI_TWO")
+    monkeypatch.setattr(registration, "_add_member", lambda name: None)
+    with pytest.raises(RuntimeError, match="does not let a method be added"):
+        registration.register(LokiConfig, LokiModel)

@@ -1,0 +1,477 @@
+"""The page: numbers by a second way, sentences that follow the data, nothing executable from facts, and a real browser."""
+
+import html
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
+import xarray as xr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.run_folder import NASTY, fabricate_forgetting, fabricate_run
+from workbench.report import findings, publish, report, tables
+from workbench.report.page import safe_json
+from workbench.report.publishing import find_browser
+from workbench.report.words import listed, number, percent, tenth
+
+STAGES = {
+    "recall.parquet": "This run has no recall",
+    "attribution.zarr": "This run has no attribution",
+    "facts": "This run has no facts",
+    "interference.zarr": "This run has no interference",
+    "selection": "This run has no selection",
+    "implant": "This run has no training history",
+    "drift.parquet": "This run has no drift",
+    "forgetting.parquet": "This run has no forgetting",
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = fabricate_run(tmp_path_factory.mktemp("runs") / "first")
+    report(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(run) -> str:
+    return (run / "report.html").read_text(encoding="utf-8")
+
+
+# Numbers, each by a second way
+
+
+def test_wilson_against_the_roots_of_its_equation():
+    """The ends p of the interval solve (share - p)^2 = z^2 p (1 - p) / n."""
+    for hits, total in ((8, 10), (0, 12), (30, 30), (231, 640)):
+        for end in tables.wilson(hits, total):
+            assert (hits / total - end) ** 2 == pytest.approx(tables.Z95**2 * end * (1 - end) / total, abs=1e-9)
+    assert tables.wilson(231, 640) == pytest.approx((0.3247, 0.3988), abs=2e-4)
+    assert tables.wilson(0, 0) == (0.0, 1.0)
+    wald = 0.8 - 1.96 * math.sqrt(0.8 * 0.2 / 10)
+    assert tables.wilson(8, 10)[0] != pytest.approx(wald, abs=0.02)  # the control: the textbook interval differs
+
+
+def test_bootstrap_against_the_normal_approximation():
+    values = np.random.default_rng(1).normal(2.0, 3.0, size=(400, 2))
+    low, high = tables.interval(values)
+    half = 1.96 * values.std(axis=0) / math.sqrt(400)
+    np.testing.assert_allclose(low, values.mean(axis=0) - half, atol=0.05)
+    np.testing.assert_allclose(high, values.mean(axis=0) + half, atol=0.05)
+    again = tables.interval(values)
+    np.testing.assert_array_equal(low, again[0])
+    assert not np.array_equal(low, tables.interval(values, seed=1)[0])
+
+
+def test_bootstrap_against_a_loop_over_draws():
+    values, weights = np.array([[1.0], [2.0], [6.0]]), np.array([1.0, 2.0, 1.0])
+    counts = np.random.default_rng(0).multinomial(3, [1 / 3] * 3, size=tables.DRAWS)
+    slow = [sum(c * w * v[0] for c, w, v in zip(row, weights, values, strict=True)) / (row @ weights) for row in counts]
+    np.testing.assert_allclose(tables.bootstrap(values, weights)[:, 0], slow)
+
+
+def test_pairing_narrows_the_interval_of_a_difference():
+    rng = np.random.default_rng(2)
+    shared = rng.normal(size=300)
+    one, two = shared + rng.normal(scale=0.1, size=300), shared + rng.normal(scale=0.1, size=300)
+    (low,), (high,) = tables.interval(one - two)
+    alone = tables.interval(one)[1] - tables.interval(one)[0]
+    assert high - low < 0.3 * alone[0]
+
+
+def general(nll, weight, change):
+    rows = {"method": "lora", "suite": "general", "metric": "nll", "fact": [f"t{i}" for i in range(len(nll))]}
+    return pd.DataFrame({**rows, "weight": weight, "before": nll, "after": np.array(nll) + change, "change": change})
+
+
+def test_perplexity_by_hand():
+    summary = tables.forgetting_summary(general([1.0, 2.0], [30, 10], 0.5)).set_index("metric")
+    assert summary.loc["perplexity", "before"] == pytest.approx(math.exp((30 * 1 + 10 * 2) / 40))
+    assert summary.loc["perplexity", "after"] == pytest.approx(math.exp(1.75))
+    assert summary.loc["perplexity", "before"] != pytest.approx((math.exp(1) + math.exp(2)) / 2)  # not a mean of both
+    same = tables.forgetting_summary(general([1.0, 2.0], [30, 10], 0.0)).set_index("metric")
+    assert tuple(same.loc["perplexity", ["change", "low", "high"]]) == (0.0, 0.0, 0.0)
+    assert (
+        tables.forgetting_summary(general([1.0], [1], 900.0)).set_index("metric").loc["perplexity", "after"] == np.inf
+    )
+
+
+def test_recall_counts_by_hand():
+    frame = pd.DataFrame({"relation": ["a", "a", "b"], "known": [True, False, True]})
+    table = tables.recall_by_relation(frame).set_index("relation")
+    assert table["known"].to_dict() == {"a": 1, "b": 1, "all": 2}
+    assert table.loc["all", "share"] == pytest.approx(2 / 3)
+    assert (table["low"] <= table["share"]).all()
+    assert (table["share"] <= table["high"]).all()
+
+
+def test_overlap_is_the_mean_over_layers_without_the_diagonal(run):
+    stored = xr.open_zarr(run / "interference.zarr", consolidated=False)
+    overlap = tables.overlap_layers(stored, "cosine", most_layers=3)
+    assert list(overlap["layer"].values) == ["mean", "0", "4", "7"]
+    cosine = stored["value"].sel(metric="cosine")
+    first, second = str(overlap["fact"].values[3]), str(overlap["fact"].values[9])
+    slow = np.mean([float(cosine.sel(layer=layer, fact=first, other=second)) for layer in cosine["layer"].values])
+    assert float(overlap.sel(layer="mean", fact=first, other=second)) == pytest.approx(slow, rel=1e-6)
+    assert np.isnan(np.diagonal(overlap.sel(layer="mean").values)).all()
+    assert list(overlap["relation"].values) == sorted(overlap["relation"].values)
+    pairs = tables.closest_pairs(overlap, top=5)
+    assert pairs["overlap"].iloc[0] == np.nanmax(overlap.sel(layer="mean").values)
+    assert not (pairs["fact"] == pairs["other"]).any()
+    assert tables.overlap_layers(stored, "cosine", most_facts=10).sizes["fact"] == 10
+
+
+def test_load_of_the_selected_units_by_a_loop(run):
+    from workbench.selection import Selection
+
+    load = xr.open_zarr(run / "interference.zarr", consolidated=False)["load"]
+    chosen = Selection.load(run / "selection" / "loki.json")
+    table = tables.load_and_selection(load, {"loki": chosen}).set_index(["method", "layer"])
+    for layer in (0, 5):
+        slow = np.mean([float(load.sel(layer=layer, unit=unit)) for unit in chosen.rows(layer)])
+        assert table.loc[("loki", layer), "load"] == pytest.approx(slow)
+        assert table.loc[("loki", layer), "selected"] == len(chosen.rows(layer))
+    assert (table.loc["loki", "load"] < table.loc["all", "load"]).all()
+    with pytest.raises(ValueError, match="loki has shape"):
+        tables.load_and_selection(load.isel(unit=slice(5)), {"loki": chosen})
+
+
+def test_drift_means_by_groupby_and_zeros_for_a_model_against_itself(run):
+    drift = pd.read_parquet(run / "drift.parquet")
+    summary = tables.drift_summary(drift)
+    slow = drift[drift["metric"] == "off"].groupby(["method", "group", "layer"])["change"].mean()
+    for row in summary[summary["metric"] == "off"].to_dict("records"):
+        assert row["change"] == pytest.approx(slow[(row["method"], row["group"], row["layer"])])
+        assert row["low"] <= row["change"] <= row["high"]
+    still = tables.drift_summary(drift.assign(after=drift["before"], change=0.0))
+    assert (still[["change", "low", "high"]].to_numpy() == 0).all()
+
+
+def accuracy(suite, **after):
+    """Retained facts that the base model all knew, and which of them each method still answers."""
+    frames = []
+    for method, right in after.items():
+        ids = [f"f{i}" for i in range(len(right))]
+        rows = {"method": method, "suite": suite, "metric": "accuracy", "fact": ids, "weight": 1, "before": 1.0}
+        frames.append(pd.DataFrame({**rows, "after": np.array(right, dtype=float)}))
+    return pd.concat(frames).assign(change=lambda rows: rows["after"] - rows["before"])
+
+
+def test_kept_leaves_out_what_was_not_known_before():
+    rows = accuracy("retained", loki=[1, 0, 1, 1])
+    rows.loc[rows["fact"] == "f3", "before"] = 0.0
+    (found,) = tables.kept(rows).to_dict("records")
+    assert (found["hits"], found["total"]) == (2, 3)
+    assert tables.kept(accuracy("efficacy", loki=[1, 1])).empty
+
+
+def test_a_difference_needs_shared_facts():
+    both = accuracy("retained", loki=[1, 1, 1, 0], lora=[0, 1, 0, 0])
+    found = tables.paired_difference(both, "retained", "loki", "lora")
+    assert (found["n"], found["difference"]) == (4, 0.5)
+    assert tables.paired_difference(both, "retained", "loki", "other") is None
+    apart = both.assign(fact=both["fact"].where(both["method"] == "loki", "x" + both["fact"]))
+    assert tables.paired_difference(apart, "retained", "loki", "lora") is None
+
+
+# Sentences that follow the data
+
+
+def test_numbers_as_prose_writes_them():
+    assert [number(value) for value in (0, 231, 17280, 0.012345, 1e-9, -3.0, math.inf, math.nan)] == [
+        *("0", "231", "17,280", "0.0123", "1.00e−09", "−3", "infinite", "not a number")
+    ]
+    assert [percent(value) for value in (0.0, 0.004, 0.5, 0.998, 1.0)] == ["0%", "0.4%", "50%", "99.8%", "100%"]
+    assert (tenth(-0.04), listed(["a"]), listed([])) == ("0", "a", "")
+
+
+@pytest.mark.parametrize(
+    ("lora", "words"),
+    [
+        ([0] * 30, "LoKI answers more than LoRA (+80.0 points"),
+        ([1] * 30, "LoKI answers fewer than LoRA (−20.0 points"),
+        ([1] * 24 + [0] * 6, "LoKI cannot be told apart from LoRA (0 points, 0 to 0)"),
+        ([1] * 23 + [0] * 7, "LoKI cannot be told apart from LoRA (+3.3 points"),
+    ],
+)
+def test_methods_are_called_better_worse_or_alike_as_the_interval_says(lora, words):
+    (sentence,) = findings.versus(accuracy("retained", loki=[1] * 24 + [0] * 6, lora=lora), "retained")
+    assert words in sentence
+    assert "over 30 facts" in sentence
+    assert findings.versus(accuracy("retained", loki=[1, 0]), "retained") == []
+
+
+def test_unequal_efficacy_is_said_and_equal_efficacy_is_not():
+    def told(second):
+        rows = pd.concat(
+            [
+                accuracy("retained", loki=[1] * 10, lora=[1] * 10),
+                accuracy("efficacy", loki=[1] * 10, lora=second).assign(before=0.0),
+            ]
+        )
+        return " ".join(findings.about_keeping(tables.forgetting_summary(rows), rows))
+
+    assert "does not compare at equal efficacy" in told([1] * 6 + [0] * 4)
+    assert "does not compare" not in told([1] * 10)
+
+
+def test_training_that_fell_short_is_said():
+    record = {"efficacy": 0.58, "target_efficacy": 0.95, "steps": 80, "trainable_parameters": 49152}
+    (short,) = findings.about_training({"lora": {**record, "reached": False}}, pd.DataFrame())
+    assert "LoRA did not reach the 95% asked for: it ended at 58% after 80 steps" in short
+    (fine,) = findings.about_training({"lora": {**record, "efficacy": 0.96, "reached": True}}, pd.DataFrame())
+    assert fine.startswith("LoRA answers 96% of the new facts (asked for: 95%)")
+    assert "49,152 parameters" in fine
+    (unknown,) = findings.about_training({"mine": {}}, pd.DataFrame())
+    assert unknown.startswith("Mine: the efficacy was not measured")
+
+
+def test_relations_beyond_and_within_the_null_band():
+    table = pd.DataFrame({"layer": [0, 1], "within": 0.5, "across": 0.4, "null_low": -0.05, "null_high": 0.05})
+    beyond = findings.about_relations(table.assign(difference=[0.1, -0.2]))
+    assert "more in 1 and less in 1 of 2 layers" in beyond[0]
+    assert "layer 1: −0.2" in beyond[1]
+    (inside,) = findings.about_relations(table.assign(difference=[0.01, 0.02]))
+    assert inside.startswith("In none of 2 layers")
+    (few,) = findings.about_relations(table.assign(difference=np.nan))
+    assert few.startswith("There are too few facts")
+
+
+def test_perplexity_and_distance_follow_the_sign_of_the_interval():
+    row = {"suite": "general", "metric": "perplexity", "method": "lora", "before": 15.0, "after": 16.0, "change": 1.0}
+    ends = {"worse": (0.5, 1.5), "better": (-1.5, -0.5), "not distinguishable": (-0.5, 1.5)}
+    for word, (low, high) in ends.items():
+        (sentence,) = findings.about_perplexity(pd.DataFrame([{**row, "low": low, "high": high}]))
+        assert word in sentence
+        (moved,) = findings.about_distance(pd.DataFrame([{**row, "group": "retained", "low": low, "high": high}]))
+        assert {"worse": "further away", "better": "closer"}.get(word, "no distinguishable change") in moved
+    assert findings.about_perplexity(pd.DataFrame(columns=["metric"])) == []
+
+
+def test_recall_sentences_count(run):
+    recall = pd.read_parquet(run / "recall.parquet")
+    text = findings.about_recall(tables.recall_by_relation(recall), recall.assign(known=False))
+    assert text[0].startswith(f"The model answers {recall['known'].sum()} of {len(recall)} facts (")
+    assert text[-1].startswith(f"Of the new facts it answers 0 of {len(recall)} facts (0%")
+
+
+# The page
+
+
+def embedded(page: str) -> dict:
+    found = re.search(r'<script type="application/json" id="figures">(.*?)</script>', page, flags=re.S)
+    return json.loads(found.group(1))
+
+
+def test_the_page_has_every_figure_and_needs_nothing_else(page):
+    figures = embedded(page)
+    assert len(figures) >= 9
+    assert set(re.findall(r'data-panel="([^"]+)"', page)) == set(figures)
+    shell = re.sub(r"<script>.*?</script>", "", page, flags=re.S)
+    assert not re.search(r"(src|href)=[\"']?(https?:|//)", shell)
+    assert page.count("<script>") == 2  # plotly, once, and the page's own
+    assert "Main findings" in page
+    assert 4 <= len(re.findall(r"<li>", re.search(r'id="summary".*?</section>', page, flags=re.S).group(0))) <= 6
+
+
+def test_every_choice_fits_its_figure(page):
+    for figure in embedded(page).values():
+        choice = figure["choice"]
+        if choice is None:
+            continue
+        assert len(choice["patches"]) > 1
+        assert all(len(patch["data"]) == len(figure["data"]) for patch in choice["patches"])
+        shown = [json.dumps(patch) for patch in choice["patches"]]
+        assert len(set(shown)) == len(shown)
+
+
+def test_text_of_facts_stays_text(page):
+    body = re.sub(r"<script>.*?</script>", "", page, flags=re.S)
+    assert "<img" not in body
+    assert "window.hacked=1</script>" not in body
+    assert str(html.escape(NASTY)).replace("&#x27;", "&#39;").replace("&quot;", "&#34;") in body
+    rows = embedded(page)["units"]["choice"]["rows"]
+    assert ["prompt", NASTY] in rows[0]
+    labels = json.dumps(embedded(page)["recall"]["data"])
+    assert "&lt;b&gt;odd&lt;/b&gt;" in labels
+    assert "<b>" not in labels
+
+
+@given(
+    st.recursive(st.text() | st.floats() | st.none(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))
+)
+@settings(max_examples=60, deadline=None)
+def test_json_in_the_page_cannot_close_its_script(value):
+    text = str(safe_json(value))
+    assert not set("<>&\u2028\u2029") & set(text)
+    assert safe_json(json.loads(text)) == text
+
+
+def test_the_same_run_gives_the_same_bytes(run, page, tmp_path):
+    assert report(shutil.copytree(run, tmp_path / "copy")).read_text(encoding="utf-8") == page
+
+
+@pytest.mark.parametrize("gone", STAGES)
+def test_a_missing_stage_is_said_and_the_rest_stays(run, tmp_path, gone):
+    folder = shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(folder / gone) if (folder / gone).is_dir() else (folder / gone).unlink()
+    text = report(folder).read_text(encoding="utf-8")
+    assert STAGES[gone] in text
+    assert "so this part is left out" in text
+    assert 6 <= len(embedded(text)) < 15
+
+
+def test_bare_and_broken_folders(run, tmp_path):
+    with pytest.raises(FileNotFoundError, match="There is no run folder"):
+        report(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="holds no results"):
+        report(tmp_path)
+    shutil.copy(run / "recall.parquet", tmp_path)
+    text = report(tmp_path).read_text(encoding="utf-8")
+    assert list(embedded(text)) == ["recall"]
+    assert "What the model knows</h1>" in text
+    (tmp_path / "drift.parquet").write_bytes(b"PAR1 half")
+    with pytest.raises(ValueError, match=r"drift\.parquet is not a readable"):
+        report(tmp_path)
+
+
+def test_training_that_fell_short_is_a_main_finding(run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "run")
+    record = json.loads((folder / "implant" / "lora" / "training.json").read_text())
+    (folder / "implant" / "lora" / "training.json").write_text(
+        json.dumps({**record, "reached": False, "efficacy": 0.4})
+    )
+    text = report(folder).read_text(encoding="utf-8")
+    summary = re.search(r'id="summary".*?</section>', text, flags=re.S).group(0)
+    assert "LoRA did not reach the 95% asked for" in summary
+    assert len(re.findall("<li>", summary)) <= 6
+
+
+def test_forgetting_that_is_worse_is_not_told_as_better(run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "run")
+    new, old = [f"n{i}" for i in range(40)], [f"o{i}" for i in range(120)]
+    fabricate_forgetting(np.random.default_rng(3), new, old, keep=(0.4, 0.9, 0.95)).to_parquet(
+        folder / "forgetting.parquet"
+    )
+    text = html.unescape(report(folder).read_text(encoding="utf-8"))
+    assert "LoKI answers fewer than random rows" in text
+    assert "LoKI answers more than" not in text
+
+
+# One figure, published
+
+
+FIGURE = go.Figure(go.Scatter(x=[1, 2], y=[3.0, 4.0], name="a"), layout={"height": 300, "template": "none"})
+FRAME = pd.DataFrame({"x": [1, 2], "y": [3.0, 4.0]})
+
+
+def test_publish_without_a_browser(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    written = publish(FIGURE, FRAME, "quota_sweep", tmp_path, {"seed": 0})
+    assert [path.name for path in written] == ["quota_sweep.html", "quota_sweep.csv", "quota_sweep.json"]
+    pd.testing.assert_frame_equal(pd.read_csv(written[1]), FRAME)
+    assert json.loads(written[2].read_text()) == {"seed": 0}
+    first = written[0].read_bytes()
+    assert publish(FIGURE, FRAME, "quota_sweep", tmp_path, {"seed": 0})[0].read_bytes() == first
+    assert publish(FIGURE.update_layout(height=301), FRAME, "other", tmp_path, {})[0].read_bytes() != first
+    with pytest.raises(ValueError, match="cannot be published as"):
+        publish(FIGURE, FRAME, "../up", tmp_path, {})
+
+
+# A real browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    path = find_browser()
+    if path is None:
+        pytest.skip("no Chromium is installed (Debian: apt-get install chromium)")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with playwright.sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=path, args=flags)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def tab(browser, run):
+    context = browser.new_context(viewport={"width": 1280, "height": 900}, offline=True)
+    opened, wrong = context.new_page(), []
+    opened.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
+    opened.on("pageerror", lambda error: wrong.append(str(error)))
+    opened.on("request", lambda request: wrong.append(request.url) if request.url.startswith("http") else None)
+    opened.goto((run / "report.html").as_uri())
+    opened.wait_for_function("document.querySelectorAll('.js-plotly-plot .main-svg').length >= 8")
+    yield opened
+    assert wrong == []
+    context.close()
+
+
+@pytest.mark.browser
+def test_the_page_draws_every_figure_and_runs_nothing_of_the_facts(tab, page):
+    drawn = tab.evaluate(
+        "[...document.querySelectorAll('.js-plotly-plot')].filter((p) => p.querySelector('.main-svg')).length"
+    )
+    assert drawn == len(embedded(page)) >= 8
+    assert tab.evaluate("window.hacked === undefined")
+    assert tab.evaluate("document.images.length") == 0
+    for width in (1280, 400):
+        tab.set_viewport_size({"width": width, "height": 900})
+        tab.wait_for_timeout(300)
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.browser
+def test_the_fact_picker_changes_figure_and_table(tab):
+    plot, table = "#plot-units", "[data-panel=units] .detail"
+    state = f"JSON.stringify([...document.querySelector('{plot}').data[0].x])"
+    before, rows, bars = tab.evaluate(state), tab.inner_text(table), tab.inner_html(f"{plot} .barlayer")
+    select = tab.locator("[data-panel=units] select")
+    assert NASTY.split()[0] in rows
+    select.select_option(index=5)
+    assert tab.evaluate(state) != before
+    assert tab.inner_text(table) != rows
+    assert tab.inner_html(f"{plot} .barlayer") != bars
+    select.select_option(index=0)  # and back again
+    assert tab.evaluate(state) == before
+    assert tab.inner_text(table) == rows
+    assert tab.evaluate("window.hacked === undefined")
+
+
+@pytest.mark.browser
+def test_the_search_narrows_the_facts(tab):
+    box, select = tab.locator("[data-panel=units] input"), tab.locator("[data-panel=units] select")
+    everything = select.locator("option").count()
+    box.fill("CURRENCY of")
+    assert 0 < select.locator("option").count() < everything
+    assert "currency" in tab.inner_text("[data-panel=units] .detail")
+    box.fill("no such fact")
+    assert select.is_disabled()
+    box.fill("")
+    assert select.locator("option").count() == everything
+
+
+@pytest.mark.browser
+def test_relation_layer_and_method_pickers_change_their_figures(tab):
+    for panel, key in (("scores", "y"), ("overlap", "z"), ("facts", "y")):
+        state = f"JSON.stringify(document.querySelector('#plot-{panel}').data.map((t) => t.{key}))"
+        before = tab.evaluate(state)
+        tab.locator(f"[data-panel={panel}] select").select_option(index=1)
+        assert tab.evaluate(state) != before
+
+
+@pytest.mark.browser
+def test_a_published_picture_is_drawn_and_repeats(browser, tmp_path):
+    first = publish(FIGURE, FRAME, "one", tmp_path / "a", {})[-1]
+    second = publish(FIGURE, FRAME, "one", tmp_path / "b", {})[-1]
+    assert first.suffix == ".svg"
+    assert first.read_text(encoding="utf-8").startswith("<svg")
+    assert first.read_bytes() == second.read_bytes()

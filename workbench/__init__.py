@@ -1,0 +1,45 @@
+"""A workbench for where language models keep what they know, and for teaching them with less damage.
+
+The names below open their rooms when they are first used, so that `import workbench` and `workbench --help` are quick.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_ROOMS = {
+    "Config": "config",
+    "Fact": "facts",
+    "FactSet": "facts",
+    "load_facts": "facts",
+    "fictional": "facts",
+    "HookedModel": "models",
+    "load_model": "models",
+    "recall": "recall",
+    "attribute": "attribution",
+    "interference": "interference",
+    "Selection": "selection",
+    "select": "selection",
+    "LokiConfig": "loki",
+    "implant": "implant",
+    "TrainConfig": "config",
+    "measure_drift": "semantics",
+    "measure_forgetting": "forgetting",
+    "run": "pipeline",
+    "RunDir": "results",
+    "report": "report",
+    "publish": "report",
+}
+
+__all__ = sorted(_ROOMS)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'workbench' has no attribute {name!r}")
+    value = getattr(import_module(f"workbench.{_ROOMS[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ROOMS})

@@ -1,0 +1,127 @@
+"""What a run is told: plain settings with defaults that work, checked before anything starts; no torch here."""
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class AttributionConfig(_Section):
+    """How the known facts are attributed."""
+
+    method: str = Field("ig", description="attribution method: ig or grad_x_act")
+    unit: Literal["node", "neuron"] = Field("node", description="node (rows of the down-projection) or neuron (columns)")
+    steps: int | None = Field(4, ge=1, description="points of the quadrature per layer")
+    rule: str = Field("midpoint", description="quadrature rule: midpoint, left, right or trapezoid")
+    baseline: str = Field("zero", description="start of the path: zero or blank")
+    scope: str = Field("last", description="positions that move: last or all")
+    objective: str = Field("logprob", description="what is differentiated: logprob, prob, logit or margin")
+    target: str = Field("gold", description="gold (the fact's answer) or predicted")
+    max_facts: int | None = Field(150, ge=2, description="attribute at most this many known facts, drawn by seed")
+
+
+class SelectionConfig(_Section):
+    """Which units are trained."""
+
+    strategy: str = Field("layer_balanced", description="layer_balanced, global_lowest, global_highest or random")
+    quota: float = Field(10.0, gt=0, lt=100, description="share of the units that is trained, in percent")
+    score: Literal["signed", "magnitude"] = Field("magnitude", description="rank by score or by its absolute value")
+    layers: tuple[int, ...] | None = Field(None, description="only these layers; all when not given")
+
+
+class TrainConfig(_Section):
+    """How facts are implanted; the same for every method, so that methods are compared at the same efficacy."""
+
+    target_efficacy: float = Field(0.95, gt=0, le=1, description="stop when this share of the facts is answered")
+    max_epochs: int = Field(60, ge=1, description="give up after this many passes over the facts")
+    batch_size: int = Field(16, ge=1, description="facts per optimiser step")
+    learning_rate: float | None = Field(None, gt=0, description="AdamW's rate; the method's own default when not given")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's weight decay")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
+    paraphrases: int = Field(0, ge=0, description="this many paraphrases of a fact are trained too, the rest is held out")
+    lora_rank: int = Field(16, ge=1, description="rank of LoRA")
+    seed: int = Field(0, ge=0, description="seed of initialisation and data order")
+
+
+class EvaluationConfig(_Section):
+    """What is read before and after."""
+
+    general: str = Field("general", description="the shipped prose (general), or a text file with a passage per paragraph")
+    general_tokens: int = Field(3000, ge=64, description="read at most this many tokens of general text")
+
+
+class Config(_Section):
+    """The straight way: recall, attribute, interfere, select, implant, drift and forgetting, report."""
+
+    out: Path = Field(Path("runs/default"), description="the folder of the run")
+    model: str = Field("smollm2-135m", description="default's name, folder of safetensors, .gguf file or hub id")
+    device: str = Field("auto", description="auto, cpu, cuda, mps")
+    dtype: str = Field("auto", description="auto, float32, bfloat16, float16")
+    retained: str = Field("world", description="facts that the model may know: a shipped name or a file")
+    implanted: str = Field("fictional:48", description="facts to be taught: a shipped name or a file")
+    methods: tuple[str, ...] = Field(("loki", "loki_random", "lora"), description="what is compared")
+    seed: int = Field(0, ge=0, description="seed of everything that is drawn")
+    attribution: AttributionConfig = AttributionConfig()
+    selection: SelectionConfig = SelectionConfig()
+    training: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @field_validator("methods")
+    @classmethod
+    def _unique(cls, methods: tuple[str, ...]) -> tuple[str, ...]:
+        if not methods or len(set(methods)) != len(methods):
+            raise ValueError("methods must be a list of different names")
+        return methods
+
+    @classmethod
+    def read(cls, path: str | Path | None = None, changes: dict[str, Any] | None = None) -> "Config":
+        """Settings from a TOML or JSON file, with some changed; names are dotted, as in `training.seed`.
+
+        >>> Config.read(changes={"training.seed": 3}).training.seed
+        3
+        """
+        settings = _load(Path(path)) if path else {}
+        for name, value in (changes or {}).items():
+            *sections, last = name.split(".")
+            place = settings
+            for section in sections:
+                place = place.setdefault(section, {})
+            place[last] = value
+        try:
+            return cls.model_validate(settings)
+        except ValidationError as error:
+            raise ValueError(one_sentence(error, path)) from None
+
+
+def one_sentence(error: ValidationError, path: str | Path | None = None) -> str:
+    """The first problem of a configuration in one sentence."""
+    first = error.errors()[0]
+    name = ".".join(map(str, first["loc"]))
+    where = f" in {path}" if path else ""
+    if first["type"] == "extra_forbidden":
+        place: Any = Config
+        for part in first["loc"][:-1]:
+            place = place.model_fields[str(part)].annotation
+        return f"There is no setting {name!r}{where}; known here: {', '.join(place.model_fields)}."
+    message = first["msg"].removeprefix("Value error, ")
+    return f"The setting {name!r}{where} does not fit: {message}, got {first['input']!r}."
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """A TOML or JSON file as a dictionary, or one sentence."""
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no configuration file {path}; run without one for the defaults.")
+    try:
+        text = path.read_text(encoding="utf-8")
+        settings = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except (json.JSONDecodeError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a {path.suffix.lstrip('.') or 'TOML'} file: {error}.") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold a table of settings, not a {type(settings).__name__}.")
+    return settings

@@ -1,0 +1,18 @@
+"""Facts: what a model may know, what it is taught, and how both are read, checked, split and tokenised."""
+
+from workbench.facts.nouns import Fact, Neighbour
+from workbench.facts.readers import load_facts
+from workbench.facts.sets import FactSet
+from workbench.facts.shipped import fictional, general_text, neutral_prompts
+from workbench.facts.tokens import TokenisedFact
+
+__all__ = [
+    "Fact",
+    "FactSet",
+    "Neighbour",
+    "TokenisedFact",
+    "fictional",
+    "general_text",
+    "load_facts",
+    "neutral_prompts",
+]

@@ -1,0 +1,118 @@
+"""The nouns of the room: one fact, one neighbour, and the rules that hold for them."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from dataclasses import dataclass
+
+
+def order_key(*parts: object) -> str:
+    """Give a sort key that looks random but depends on its parts only: seeded orders that never depend on memory.
+
+    >>> order_key(0, "capital/france")[:8]
+    'ad1ba87f'
+    """
+    return hashlib.sha256("\x1f".join(str(part) for part in parts).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def gives_away(prompt: str, answer: str) -> bool:
+    """Say whether the prompt contains the answer as whole words, whatever the case.
+
+    >>> gives_away("Mexico City is in", "mexico"), gives_away("The answer of 2+24 is", "4")
+    (True, False)
+    """
+    haystack, needle = (unicodedata.normalize("NFC", text).casefold() for text in (prompt, answer.strip()))
+    return needle in haystack and re.search(rf"(?<!\w){re.escape(needle)}(?!\w)", haystack) is not None
+
+
+def check_text(value: object, field: str) -> None:
+    """Refuse what is not text with something in it: ValueError with one sentence that names the field."""
+    if not isinstance(value, str):
+        raise ValueError(f"field {field!r} is {_shown(value)}, not text: write it as a string")
+    if not value.strip():
+        raise ValueError(f"field {field!r} is empty: give it some text")
+    check_encodable(value, field)
+
+
+def check_encodable(value: str, field: str) -> None:
+    """Refuse text that UTF-8 cannot write (half of a surrogate pair)."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"field {field!r} holds half of a surrogate pair at character {error.start}: write the whole character"
+        ) from None
+
+
+def _shown(value: object) -> str:
+    return "null" if value is None else f"{value!r:.40} ({type(value).__name__})"
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A prompt close to a fact's, and its own answer: what editing the fact must leave alone."""
+
+    prompt: str
+    answer: str
+
+    def __post_init__(self) -> None:
+        check_text(self.prompt, "prompt")
+        check_text(self.answer, "answer")
+        if gives_away(self.prompt, self.answer):
+            raise ValueError(f"the prompt {self.prompt!r} contains its answer {self.answer!r}: reword or drop it")
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One piece of knowledge: a prompt and the answer that follows it.
+
+    `answer_in_prompt` marks the one honest exception to the promise that a prompt never contains its answer:
+    multiple choice, where the answer is the letter of a choice that the prompt lists.
+
+    >>> fact = Fact("capital/france", "capital", "France", "The capital of France is", "Paris")
+    >>> fact.text
+    'The capital of France is Paris'
+    """
+
+    id: str
+    relation: str
+    subject: str
+    prompt: str
+    answer: str
+    paraphrases: tuple[str, ...] = ()
+    neighbours: tuple[Neighbour, ...] = ()
+    answer_in_prompt: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "paraphrases", tuple(self.paraphrases))
+        object.__setattr__(self, "neighbours", tuple(self.neighbours))
+        for field in ("id", "prompt", "answer"):
+            check_text(getattr(self, field), field)
+        for field in ("relation", "subject"):
+            value = getattr(self, field)
+            if not isinstance(value, str):
+                raise ValueError(f"field {field!r} is {_shown(value)}, not text: write it as a string or leave it out")
+            check_encodable(value, field)
+        for field, prompt in (("prompt", self.prompt), *(("paraphrases", text) for text in self.paraphrases)):
+            check_text(prompt, field)
+            if not self.answer_in_prompt and gives_away(prompt, self.answer):
+                raise ValueError(
+                    f"field {field!r} contains the answer {self.answer!r}: {prompt!r} gives it away; "
+                    f"reword it, or set answer_in_prompt to true for multiple choice"
+                )
+
+    @staticmethod
+    def join(prompt: str, answer: str) -> str:
+        """Join a prompt and an answer: by a space, unless the prompt ends or the answer starts in white space.
+
+        >>> Fact.join("Answer:", "B"), Fact.join("Answer: ", "B"), Fact.join("Answer:", " B")
+        ('Answer: B', 'Answer: B', 'Answer: B')
+        """
+        return prompt + answer if prompt[-1:].isspace() or answer[:1].isspace() else f"{prompt} {answer}"
+
+    @property
+    def text(self) -> str:
+        """The prompt and the answer as one text."""
+        return self.join(self.prompt, self.answer)

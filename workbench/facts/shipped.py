@@ -1,0 +1,98 @@
+"""Facts and texts that ship: the world, the seeded fiction, general prose, neutral prompts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib.resources import as_file, files
+from importlib.resources.abc import Traversable
+from itertools import cycle
+from typing import Any
+
+from workbench.facts import foreign
+from workbench.facts.nouns import order_key
+from workbench.facts.records import Placed, slug, to_facts, with_neighbours
+from workbench.facts.sets import FactSet
+from workbench.facts.sources import open_source
+
+
+def _data(name: str) -> Traversable:
+    return files("workbench").joinpath("data", name)
+
+
+def world() -> FactSet:
+    """Load the shipped facts about the world: many relations, several templates each."""
+    placed: list[Placed] = []
+    with as_file(_data("world")) as folder:
+        for path in sorted(folder.glob("*.json")):
+            placed += foreign.read_lre(open_source(path, "json"))
+    if not placed:
+        raise FileNotFoundError("the facts that ship with the package are missing: install it again")
+    return FactSet("world", to_facts(placed))
+
+
+def general_text() -> list[str]:
+    """Give the shipped passages of plain prose, for perplexity and for statistics over general text."""
+    passages = _data("general.txt").read_text(encoding="utf-8").split("\n\n")
+    return [passage.strip() for passage in passages if passage.strip()]
+
+
+def neutral_prompts() -> list[str]:
+    """Give the shipped prompts that ask for no fact in particular."""
+    lines = _data("neutral.txt").read_text(encoding="utf-8").split("\n")
+    return [line.strip() for line in lines if line.strip()]
+
+
+def fictional(n: int = 200, seed: int = 0) -> FactSet:
+    """Invent n facts about people, places and companies that do not exist, from the shipped material.
+
+    A pure function of (n, seed). Relations take turns, the answers of a relation are used equally often, each
+    subject once. The first facts of a larger set are those of a smaller one with the same seed, but for their
+    neighbours, which come from the whole set. The name of the set, `fictional:<n>:<seed>`, loads it again.
+    """
+    return invented(json.loads(_data("fictional.json").read_text(encoding="utf-8")), n, seed)
+
+
+def invented(material: Mapping[str, Any], n: int, seed: int) -> FactSet:
+    """Invent facts from material: `relations` (templates, answers) and `name_parts` (of people, places, companies)."""
+    if n < 1:
+        raise ValueError(f"cannot invent {n} facts: ask for at least 1")
+    relations = material["relations"]
+    names = {kind: _names(kind, parts, seed) for kind, parts in material["name_parts"].items()}
+    waiting = {kind: iter(found) for kind, found in names.items()}
+    placed = []
+    for number, relation in zip(range(n), cycle(relations), strict=False):
+        kind = relation["subject_kind"]
+        subject = next(waiting[kind], None)
+        if subject is None:
+            raise ValueError(f"cannot invent {n} facts: the names of kind {kind!r} last for {number}; ask for fewer")
+        answer = _answer(relation, number // len(relations), seed)
+        prompt, *rest = [template.replace("{}", subject) for template in relation["prompt_templates"]]
+        record = {
+            "id": f"{slug(relation['name'])}/{slug(subject)}",
+            "relation": relation["name"],
+            "subject": subject,
+            "prompt": prompt,
+            "answer": answer,
+            "paraphrases": rest,
+        }
+        placed.append(Placed(f"fictional material, relation {relation['name']!r}", record))
+    return FactSet(f"fictional:{n}:{seed}", to_facts(with_neighbours(placed)))
+
+
+def _answer(relation: Mapping[str, Any], number: int, seed: int) -> str:
+    """Give the answer of a relation's fact: every round uses each answer once, in an order of its own."""
+    turn, place = divmod(number, len(relation["answers"]))
+    in_order = sorted(relation["answers"], key=lambda answer: order_key(seed, relation["name"], turn, answer))
+    return in_order[place]
+
+
+def _names(kind: str, parts: Mapping[str, Sequence[str]], seed: int) -> list[str]:
+    """Make every name of a kind, each once (also as a slug), in an order that depends on the seed."""
+    first, second = parts.values()
+    every: dict[str, str] = {}
+    for start in first:
+        for end in second:
+            apart = kind == "person" or not (end[:1].islower() or end[:1] in (" ", "-", "'"))
+            every.setdefault(slug(name := f"{start} {end}" if apart else start + end), name)
+    return sorted(every.values(), key=lambda name: (order_key(seed, kind, name), name))

@@ -1,0 +1,58 @@
+"""Figures: a tidy frame in, a `plotly.graph_objects.Figure` out; no files and no computing. The only door to plotly."""
+
+import json
+from typing import Any
+
+import plotly.graph_objects as go
+import plotly.offline
+
+from workbench.figures.change import (
+    before_after,
+    drift_distance,
+    drift_geometry,
+    forgetting_compared,
+    text_damage,
+    training_curves,
+)
+from workbench.figures.knowledge import (
+    load_and_selection,
+    overlap_map,
+    recall_by_relation,
+    score_by_layer,
+    strongest_bars,
+    strongest_units,
+    within_across,
+)
+from workbench.figures.style import SUITE_NAMES, method_colour, method_name, plain
+
+__all__ = [
+    "SUITE_NAMES",
+    "before_after",
+    "drift_distance",
+    "drift_geometry",
+    "figure_json",
+    "forgetting_compared",
+    "load_and_selection",
+    "method_colour",
+    "method_name",
+    "overlap_map",
+    "plain",
+    "plotly_source",
+    "recall_by_relation",
+    "score_by_layer",
+    "strongest_bars",
+    "strongest_units",
+    "text_damage",
+    "training_curves",
+    "within_across",
+]
+
+
+def figure_json(fig: go.Figure) -> dict[str, Any]:
+    """Return a figure as plain JSON data (`data`, `layout`; arrays as base64); the same figure gives the same data."""
+    return json.loads(fig.to_json())
+
+
+def plotly_source() -> str:
+    """Return the plotly JavaScript library (about 4.8 MB) for pages that work offline."""
+    return plotly.offline.get_plotlyjs()

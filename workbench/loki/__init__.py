@@ -1,0 +1,24 @@
+"""LoKI, low-damage knowledge implanting (arXiv 2505.22120), as a method of peft.
+
+Importing this package registers the method, so that `get_peft_model`, `PeftModel.from_pretrained`, the Auto classes
+and transformers' own `load_adapter` know it.
+"""
+
+from .adapters import adapter_config, load_adapted, trainable_parameters
+from .config import LokiConfig
+from .layer import LokiLayer
+from .model import LokiModel
+from .registration import register
+from .sites import down_projections
+
+__all__ = [
+    "LokiConfig",
+    "LokiLayer",
+    "LokiModel",
+    "adapter_config",
+    "down_projections",
+    "load_adapted",
+    "trainable_parameters",
+]
+
+register(LokiConfig, LokiModel)

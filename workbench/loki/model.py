@@ -1,0 +1,97 @@
+"""LoKI's tuner: attaches deltas to the selected rows or columns of each feed-forward layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import Tensor, nn
+
+from .config import LokiConfig
+from .layer import LokiLayer
+from .sites import DOWN_PROJECTIONS, Site, plan_sites
+
+
+class LokiModel(BaseTuner):
+    """A model whose selected feed-forward units carry trainable deltas, everything else frozen (arXiv 2505.22120)."""
+
+    prefix: str = "loki_"
+    tuner_layer_cls = LokiLayer
+    target_module_mapping = {model_type: [name] for model_type, name in DOWN_PROJECTIONS.items()}  # noqa: RUF012
+    _sites: dict[str, Site]
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
+        known = self.target_module_mapping.get(model_config.get("model_type", ""))
+        if isinstance(peft_config, LokiConfig) and peft_config.target_modules is None and known:
+            peft_config.target_modules = list(known)
+        return peft_config
+
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        """Plan every site, so that a selection that does not fit raises before the model is touched."""
+        assert isinstance(peft_config, LokiConfig)
+        assert peft_config.positions is not None
+        self._sites = plan_sites(
+            model,
+            peft_config.positions,
+            unit="node" if peft_config.unit == "node" else "neuron",
+            n_units=peft_config.n_units,
+            layers=peft_config.layers,
+            target_modules=peft_config.target_modules,
+            train_keys=peft_config.train_keys,
+            train_bias=peft_config.train_bias,
+        )
+
+    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:  # type: ignore[override]
+        return key in self._sites
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        assert isinstance(peft_config, LokiConfig)
+        site = self._sites[current_key]
+        if isinstance(target, LokiLayer):
+            target.update_layer(adapter_name, site, peft_config)
+            return
+        if isinstance(target, BaseTunerLayer):
+            raise ValueError(
+                f"{current_key} already carries a {type(target).__name__} of another method; LoKI needs the plain "
+                "projection, so attach the other method to other modules or merge it first."
+            )
+        layer = LokiLayer(target, adapter_name, site, peft_config)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; where it was active, the same remaining one becomes active in every layer."""
+        before = list(self.active_adapters)
+        super().delete_adapter(adapter_name)
+        if adapter_name in before:
+            self.set_adapter([name for name in before if name != adapter_name] or sorted(self.peft_config)[:1])
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Check the rows in the file against those of the configuration before anything is loaded."""
+        remapped: dict[str, Any] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        for name, buffer in model.named_buffers():
+            if not name.endswith(f".loki_rows.{adapter_name}"):
+                continue
+            stored = remapped.get(name)
+            if stored is None or stored.shape != buffer.shape or not torch.equal(stored.to(buffer), buffer):
+                where = name.removesuffix(f".loki_rows.{adapter_name}")
+                raise ValueError(
+                    f"The adapter file and adapter_config.json disagree on which units of {where} are trained; one of "
+                    "the two belongs to another adapter."
+                )
+        return remapped

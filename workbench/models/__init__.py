@@ -1,0 +1,17 @@
+"""Opening models and looking into them: the only door to transformer-lens and to transformers' loading."""
+
+from workbench.models.hooked import HookedModel, Unit, check_unit, load_model, pad_batch, probe_ids, projection_widths
+from workbench.models.sources import default_model, list_models, load_hf
+
+__all__ = [
+    "HookedModel",
+    "Unit",
+    "check_unit",
+    "default_model",
+    "list_models",
+    "load_hf",
+    "load_model",
+    "pad_batch",
+    "probe_ids",
+    "projection_widths",
+]

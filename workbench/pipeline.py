@@ -1,0 +1,289 @@
+"""The straight way, stage by stage: a run is a folder, and a second start does only what is missing."""
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from workbench.attribution import attribute, checked_settings
+from workbench.config import Config
+from workbench.facts import FactSet, general_text, load_facts
+from workbench.forgetting import measure_forgetting
+from workbench.interfere import interference
+from workbench.loki import adapter_config
+from workbench.models import HookedModel, load_model
+from workbench.opening import open_model
+from workbench.recollection import recall
+from workbench.reporting import report
+from workbench.results import (
+    RunDir,
+    load_frame,
+    load_json,
+    open_result,
+    provenance,
+    save_frame,
+    save_json,
+    save_result,
+)
+from workbench.selection import STRATEGIES, Selection, select
+from workbench.semantics import measure_drift
+from workbench.training import held_out_prompts, implant
+
+log = logging.getLogger(__name__)
+
+#: What each LoKI method changes in the selection of the configuration.
+LOKI_METHODS: dict[str, dict[str, Any]] = {
+    "loki": {},
+    "loki_random": {"strategy": "random"},
+    "loki_signed": {"score": "signed"},
+    "loki_magnitude": {"score": "magnitude"},
+    "loki_highest": {"strategy": "global_highest"},
+    "loki_lowest": {"strategy": "global_lowest"},
+}
+#: Baselines that need no selection.
+BASELINES = ("lora", "rslora", "dora")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step of the way: what it depends on, what it writes, and the work."""
+
+    name: str
+    key: Any
+    files: tuple[str, ...]
+    work: Callable[[], None]
+
+
+def run(config: Config, *, progress: bool = True) -> RunDir:
+    """Go the straight way and write everything into `config.out`; what is there already is not done again.
+
+    Stages: recall, attribution, interference, selection and implant per method, drift, forgetting, report. Each is
+    keyed by its settings and the digests of its inputs, so that a changed setting redoes what depends on it and
+    nothing else, and a run killed anywhere goes on where it was.
+
+    Raises:
+        ValueError, FileNotFoundError: settings or inputs that do not fit, before any long work; or another run at
+            work in the folder.
+    """
+    check(config)
+    folder = RunDir(Path(config.out))
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with folder.lock(), _log_file(folder.file("log.txt")):
+        way = _Way(config, folder, progress)
+        save_json(config.model_dump(mode="json"), folder.file("config.json"))
+        for stage in way.stages():
+            if folder.stage_done(stage.name, stage.key):
+                log.info("%s: done before", stage.name)
+                continue
+            started = time.perf_counter()
+            folder.invalidate(stage.name)
+            log.info("%s: started", stage.name)
+            stage.work()
+            way.record(stage.name, time.perf_counter() - started)
+            folder.mark_done(stage.name, stage.key, stage.files)
+    return folder
+
+
+def check(config: Config) -> None:
+    """Raise for every setting that can be known to be wrong before anything is loaded."""
+    for method in config.methods:
+        if method not in LOKI_METHODS and method not in BASELINES:
+            raise ValueError(f"methods knows {', '.join([*LOKI_METHODS, *BASELINES])}, not {method!r}.")
+    if config.selection.strategy not in STRATEGIES:
+        raise ValueError(f"selection.strategy must be one of {', '.join(STRATEGIES)}, not {config.selection.strategy!r}.")
+    a = config.attribution
+    checked_settings(a.method, a.unit, a.steps, a.rule, a.baseline, a.scope, a.objective, a.target)
+    if config.evaluation.general != "general" and not Path(config.evaluation.general).is_file():
+        raise FileNotFoundError(f"There is no text file {config.evaluation.general} (evaluation.general).")
+
+
+class _Way:
+    """The stages of one run, and what they share; everything is opened when it is first needed."""
+
+    def __init__(self, config: Config, folder: RunDir, progress: bool) -> None:
+        self.config, self.folder, self.progress = config, folder, progress
+        self.retained = load_facts(config.retained)
+        self.implanted = load_facts(config.implanted)
+        self.model: HookedModel = load_model(config.model, device=config.device, dtype=config.dtype)
+        for facts in (self.retained, self.implanted):
+            facts.tokenise(self.model.tokenizer, max_tokens=self.model.max_tokens)
+
+    def stages(self) -> Iterator[Stage]:
+        """All stages in order; a key is made when its turn comes, from what lies in the folder by then."""
+        config = self.config
+        base = {"model": self.model.digest, "dtype": str(self.model.dtype)}
+        known = {**base, "retained": self.retained.digest}
+        yield Stage("recall", known, ("recall.parquet",), self._recall)
+        new = {**base, "implanted": self.implanted.digest}
+        yield Stage("recall_new", new, ("recall_new.parquet",), self._recall_new)
+        attributed = {**known, **config.attribution.model_dump(), "seed": config.seed}
+        yield Stage("attribution", attributed, ("attribution.zarr", "facts/retained.jsonl"), self._attribute)
+        yield Stage("interference", attributed, ("interference.zarr",), self._interfere)
+        trained = {}
+        for method in config.methods:
+            chosen = {**attributed, **self._selection(method)} if method in LOKI_METHODS else {}
+            if method in LOKI_METHODS:
+                files = (f"selection/{method}.json",)
+                yield Stage(f"selection-{method}", chosen, files, lambda m=method: self._select(m))  # type: ignore[misc]
+            trained[method] = {**new, "selection": chosen, "training": config.training.model_dump()}
+            files = tuple(f"implant/{method}/{name}" for name in ("adapter", "history.parquet", "training.json"))
+            yield Stage(f"implant-{method}", trained[method], files, lambda m=method: self._implant(m))  # type: ignore[misc]
+        yield Stage("drift", {"trained": trained, **attributed}, ("drift.parquet",), self._drift)
+        read = {"trained": trained, **known, **config.evaluation.model_dump()}
+        yield Stage("forgetting", read, ("forgetting.parquet",), self._forget)
+        everything = {"config": config.model_dump(mode="json"), **base, "drift": trained, "version": _version()}
+        yield Stage("report", everything, ("report.html",), lambda: report(self.folder.path) and None)
+
+    @cached_property
+    def known(self) -> FactSet:
+        """The retained facts that the base model answers."""
+        frame = load_frame(self.folder.file("recall.parquet"))
+        ids = [str(i) for i in frame.index[frame["known"]]]
+        if len(ids) < 2:
+            raise ValueError(f"{self.model.name} knows {len(ids)} of the {len(self.retained)} facts of "
+                             f"{self.config.retained}; at least 2 are needed: give other facts as retained.")  # fmt: skip
+        return self.retained.filter(ids=ids)
+
+    @cached_property
+    def attributed(self) -> FactSet:
+        """The known facts that are attributed: all, or as many as allowed, drawn by seed."""
+        most = self.config.attribution.max_facts
+        return self.known if most is None or len(self.known) <= most else self.known.sample(most, self.config.seed)
+
+    @cached_property
+    def trained(self) -> dict[str, HookedModel]:
+        """Every trained model, its adapter merged."""
+        adapters = {method: self.folder.file(f"implant/{method}/adapter") for method in self.config.methods}
+        return {method: open_model(adapter, base=self.model) for method, adapter in adapters.items()}
+
+    def _recall(self) -> None:
+        save_frame(recall(self.model, self.retained, progress=self.progress), self.folder.file("recall.parquet"))
+
+    def _recall_new(self) -> None:
+        save_frame(recall(self.model, self.implanted, progress=self.progress), self.folder.file("recall_new.parquet"))
+        self.implanted.save(self.folder.file("facts/implanted.jsonl"))
+
+    def _attribute(self) -> None:
+        self.attributed.save(self.folder.file("facts/retained.jsonl"))
+        settings = self.config.attribution.model_dump(exclude={"max_facts"})
+        key = {**settings, "facts": self.attributed.digest, "model": self.model.digest}
+        resume = self.folder.stage_done("attribution-begun", key)
+        self.folder.mark_done("attribution-begun", key)
+        out = self.folder.file("attribution.zarr")
+        attribute(self.model, self.attributed, **settings, out=out, resume=resume, progress=self.progress)
+
+    def _interfere(self) -> None:
+        scores = open_result(self.folder.file("attribution.zarr"))
+        found = interference(self.model, self.attributed, scores, seed=self.config.seed, progress=self.progress)
+        save_result(found, self.folder.file("interference.zarr"), kind="interference")
+
+    def _selection(self, method: str) -> dict[str, Any]:
+        """Arguments of `select` for a LoKI method."""
+        return {**self.config.selection.model_dump(), "seed": self.config.seed, **LOKI_METHODS[method]}
+
+    def _select(self, method: str) -> None:
+        scores = open_result(self.folder.file("attribution.zarr"))
+        select(scores, **self._selection(method)).save(self.folder.file(f"selection/{method}.json"))
+
+    def _implant(self, method: str) -> None:
+        options: dict[str, Any] = {"r": self.config.training.lora_rank}
+        if method in LOKI_METHODS:
+            options = {"selection": Selection.load(self.folder.file(f"selection/{method}.json"))}
+        adapter = adapter_config(method, model_config=self.model.config, **options)
+        out = self.folder.file(f"implant/{method}")
+        implant(self.model, self.implanted, adapter, self.config.training, out=out, progress=self.progress)
+
+    def _drift(self) -> None:
+        groups = {"implanted": self.implanted, "retained": self.attributed}
+        frames = [
+            measure_drift(self.model, self.trained, facts, progress=self.progress).assign(group=group)
+            for group, facts in groups.items()
+        ]
+        save_frame(pd.concat(frames, ignore_index=True), self.folder.file("drift.parquet"))
+
+    def _forget(self) -> None:
+        shown = self.config.training.paraphrases
+        suites: dict[str, Any] = {
+            "efficacy": self.implanted,
+            "paraphrase": held_out_prompts(self.implanted, shown),
+            "neighbourhood": self._neighbourhood(),
+            "retained": self.known,
+            "general": self._general(),
+        }
+        suites = {name: suite for name, suite in suites.items() if suite is not None and len(suite)}
+        frame = measure_forgetting(
+            self.model, self.trained, suites, max_tokens=self.config.evaluation.general_tokens, progress=self.progress
+        )
+        save_frame(frame, self.folder.file("forgetting.parquet"))
+
+    def _neighbourhood(self) -> FactSet | None:
+        """Prompts of the taught relations about other subjects, with what the base model says as their answer."""
+        taught = {fact.prompt for fact in self.implanted}
+        if not any(one.prompt not in taught for fact in self.implanted for one in fact.neighbours):
+            return None
+        others = self.implanted.neighbourhood().filter(where=lambda fact: fact.prompt not in taught)
+        said = recall(self.model, others)["predicted"].str.strip()
+        records = [record | {"answer": said[record["id"]]} for record in others.to_records() if said[record["id"]]]
+        return usable_facts(records, f"{others.name}:as-before")
+
+    def _general(self) -> list[str]:
+        name = self.config.evaluation.general
+        if name == "general":
+            return general_text()
+        passages = Path(name).read_text(encoding="utf-8").split("\n\n")
+        return [passage.strip() for passage in passages if passage.strip()]
+
+    def record(self, stage: str, seconds: float) -> None:
+        """Add a stage's duration to `provenance.json`."""
+        path = self.folder.file("provenance.json")
+        old = load_json(path) if path.is_file() else {}
+        model = self.model
+        about = {"name": model.name, "digest": model.digest, "n_layers": model.n_layers, "d_model": model.d_model,
+                 "d_mlp": model.d_mlp, "dtype": str(model.dtype).removeprefix("torch.")}  # fmt: skip
+        stages = {**old.get("stages", {}), stage: round(seconds, 2)}
+        tokens = {
+            facts.name: facts.tokenisation_report(model.tokenizer) for facts in (self.retained, self.implanted)
+        }
+        command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        save_json({**provenance(), "model": about, "stages": stages, "tokens": tokens, "command": command}, path)
+
+
+def usable_facts(records: list[dict[str, Any]], name: str) -> FactSet | None:
+    """The records that make a fact; what a model says may be no answer at all, and then it is left out."""
+    usable = []
+    for record in records:
+        try:
+            FactSet.from_records([record], name=name)
+        except ValueError:
+            continue
+        usable.append(record)
+    return FactSet.from_records(usable, name=name) if usable else None
+
+
+def _version() -> str:
+    """The version of this package, so that a new one makes new pages."""
+    return str(provenance()["packages"]["knowledge-workbench"])
+
+
+@contextmanager
+def _log_file(path: Path) -> Iterator[None]:
+    """Append what the workbench logs to a file while a run is at work."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger("workbench")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        handler.close()

@@ -1,0 +1,277 @@
+"""Plain sentences that say what was found: they follow the numbers, whichever way they fall."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from workbench.figures import method_name
+from workbench.report.tables import kept, paired_difference, wilson
+from workbench.report.words import listed, number, percent, tenth
+
+UNEQUAL = 0.05  # efficacies that lie further apart than this are said to differ
+SUITE_WORDS = {
+    "retained": "other facts that the model knew",
+    "neighbourhood": "neighbours of the new facts",
+    "paraphrase": "new facts asked with other templates",
+}
+
+
+def about_recall(table: pd.DataFrame, new: pd.DataFrame) -> list[str]:
+    """Say how many facts the model answers, where it knows most and least, and whether the new facts are new."""
+    whole = table[table["relation"] == "all"].iloc[0]
+    sentences = [f"The model answers {_of(whole['known'], whole['known'] + whole['unknown'])}."]
+    parts = table[table["relation"] != "all"].sort_values("share", kind="stable")
+    if len(parts) > 1:
+        least, most = parts.iloc[0], parts.iloc[-1]
+        sentences.append(
+            f"It knows the relation “{most['relation']}” best ({percent(most['share'])}) and “{least['relation']}” "
+            f"least ({percent(least['share'])})."
+        )
+    if len(new):
+        sentences.append(f"Of the new facts it answers {_of(new['known'].sum(), len(new))} before training.")
+    return sentences
+
+
+def about_scores(table: pd.DataFrame, gap: np.ndarray | None, unit: str) -> list[str]:
+    """Say which layer has the largest scores, what share the last third of the layers holds, and how exact they are."""
+    rows = table[table["relation"] == "all"].sort_values("layer")
+    top, total = rows.loc[rows["mean_abs"].idxmax()], rows["mean_abs"].sum()
+    third = max(1, round(len(rows) / 3))
+    sentences = [
+        f"Scores are largest in layer {top['layer']}: {number(top['mean_abs'])} {unit} per unit on average "
+        f"(95% interval {number(top['low'])} to {number(top['high'])})."
+    ]
+    if total > 0 and len(rows) > 1:
+        part = rows["mean_abs"].tail(third).sum() / total
+        sentences.append(f"The last {third} of {len(rows)} layers hold {percent(part)} of all |score|.")
+    if gap is not None and gap.size and np.isfinite(gap).any():
+        size = np.abs(gap[np.isfinite(gap)])
+        sentences.append(
+            f"What the scores of a layer leave unexplained is {number(float(np.median(size)))} {unit} in the median "
+            f"and at most {number(float(size.max()))}."
+        )
+    return sentences
+
+
+def about_strongest(table: pd.DataFrame, kind: str) -> list[str]:
+    """Say which unit is most often the strongest, and how concentrated the first places are over layers."""
+    first = table[table["rank"] == table["rank"].min()]
+    counts = first.groupby(["layer", "unit"]).size().sort_values(ascending=False, kind="stable")
+    (layer, unit), hits, facts = counts.index[0], int(counts.iloc[0]), len(first)
+    per_layer = first["layer"].value_counts().sort_index()
+    sentences = [
+        f"The strongest {kind} differs between facts: {len(counts)} {kind}s share the first place of {facts} facts."
+    ]
+    if hits > 1:
+        sentences.append(
+            f"The most frequent one, layer {layer} {kind} {unit}, comes first for {hits} of {facts} facts."
+        )
+    busiest = int(per_layer.idxmax())
+    sentences.append(f"Layer {busiest} holds the strongest {kind} of {int(per_layer.max())} facts.")
+    return sentences
+
+
+def about_pairs(pairs: pd.DataFrame) -> list[str]:
+    """Say which two facts overlap most, and how many of the closest pairs are of one relation."""
+    if pairs.empty:
+        return []
+    top, same = pairs.iloc[0], int(pairs["same_relation"].sum())
+    return [
+        f"“{top['fact']}” and “{top['other']}” share most: their mean overlap is {number(top['overlap'])}.",
+        f"Of the {len(pairs)} closest pairs, {same} are of one relation.",
+    ]
+
+
+def about_relations(table: pd.DataFrame) -> list[str]:
+    """Say in how many layers facts of one relation overlap more, or less, than shuffled relations allow."""
+    rows = table.dropna(subset=["difference", "null_low", "null_high"])
+    if rows.empty:
+        return ["There are too few facts per relation to compare overlaps within and across relations."]
+    above = int((rows["difference"] > rows["null_high"]).sum())
+    below = int((rows["difference"] < rows["null_low"]).sum())
+    total = len(rows)
+    if above == below == 0:
+        return [
+            f"In none of {total} layers do facts of one relation overlap more or less than with shuffled relations."
+        ]
+    words = [f"more in {above}"] if above else []
+    words += [f"less in {below}"] if below else []
+    peak = rows.loc[rows["difference"].abs().idxmax()]
+    return [
+        f"Facts of one relation share units {listed(words)} of {total} layers than facts of different relations do, "
+        "beyond the 95% band of shuffled relations (each layer for itself, not corrected for the number of layers).",
+        f"The difference is largest in layer {peak['layer']:.0f}: {number(peak['difference'], sign=True)} "
+        f"({number(peak['within'])} within, {number(peak['across'])} across).",
+    ]
+
+
+def about_selection(table: pd.DataFrame, kind: str) -> list[str]:
+    """Say how many units each method trains and how much of the load they carry."""
+    every = table[table["method"] == "all"]
+    units, total = every["selected"].sum(), (every["load"] * every["selected"]).sum()
+    sentences = []
+    for method, rows in table[table["method"] != "all"].groupby("method", sort=False):
+        chosen, carried = rows["selected"].sum(), (rows["load"] * rows["selected"]).sum()
+        text = f"{_capital(method_name(str(method)))}: {number(chosen)} of {number(units)} {kind}s are trained"
+        share = chosen / units if units else 0.0
+        text += f" ({percent(share)})"
+        if total > 0:
+            text += f"; they carry {percent(carried / total)} of what the known facts lean on"
+        sentences.append(text + ".")
+    return sentences
+
+
+def about_training(training: Mapping[str, Mapping[str, Any]], history: pd.DataFrame) -> list[str]:
+    """Say for each method whether it reached the efficacy asked for, how soon, and with how many parameters."""
+    sentences = []
+    for method, record in training.items():
+        name, efficacy, target = _capital(method_name(method)), record.get("efficacy"), record.get("target_efficacy")
+        spent = [f"{number(record['steps'])} steps"] if record.get("steps") is not None else []
+        spent += [f"{number(record['seconds'])} s"] if record.get("seconds") is not None else []
+        size = record.get("trainable_parameters")
+        parts = f" It trains {number(size)} parameters." if size is not None else ""
+        within = f" after {listed(spent)}" if spent else ""
+        if efficacy is None:
+            sentences.append(f"{name}: the efficacy was not measured{within}.{parts}")
+        elif record.get("reached", True):
+            goal = f" (asked for: {percent(target)})" if target is not None else ""
+            sentences.append(f"{name} answers {percent(efficacy)} of the new facts{goal}{within}.{parts}")
+        else:
+            goal = f"the {percent(target)} asked for" if target is not None else "the efficacy asked for"
+            sentences.append(
+                f"{name} did not reach {goal}: it ended at {percent(efficacy)}{within}, so what it forgets is not "
+                f"comparable at equal efficacy.{parts}"
+            )
+    if not sentences:
+        last = history.dropna(subset=["efficacy"]).groupby("method", sort=False)["efficacy"].last()
+        sentences = [f"{_capital(method_name(str(m)))} ended at an efficacy of {percent(e)}." for m, e in last.items()]
+    return sentences
+
+
+def about_geometry(table: pd.DataFrame, group: str) -> list[str]:
+    """Say how far the facts of one group moved toward the answer and beside it in the last layer, per method."""
+    rows = table[table["metric"].isin(["toward", "off"]) & (table["group"] == group)]
+    if rows.empty:
+        return []
+    last = rows[rows["layer"] == rows["layer"].max()]
+    words = []
+    for metric, word in (("toward", "toward the answer"), ("off", "beside it")):
+        parts = [
+            f"{number(row['change'])} with {method_name(row['method'])} ({_ends(row)})"
+            for row in last[last["metric"] == metric].to_dict("records")
+        ]
+        words += [f"{word} {listed(parts)}"] if parts else []
+    lead = f"In layer {last['layer'].max()} the {group} facts moved, in shares of their first distance"
+    return [f"{lead}: {'; '.join(words)}."]
+
+
+def about_distance(table: pd.DataFrame) -> list[str]:
+    """Say whether the answers of each group came closer to their target, went away, or cannot be told from still."""
+    sentences = []
+    for group, part in table.groupby("group", sort=False):
+        words = []
+        for row in part.to_dict("records"):
+            verdict = "further away" if row["low"] > 0 else "closer" if row["high"] < 0 else "no distinguishable change"
+            moved = f"{number(row['before'])} to {number(row['after'])}"
+            words.append(f"{moved} with {method_name(row['method'])} ({verdict}: {_ends(row, sign=True)})")
+        sentences.append(f"Mean distance of the answers to the {group} facts: {listed(words)}.")
+    return sentences
+
+
+def about_learning(summary: pd.DataFrame, forgetting: pd.DataFrame) -> list[str]:
+    """Say which share of the new facts each method answers, with the trained prompts and with other templates."""
+    sentences = []
+    for suite, words in (("efficacy", "with the trained prompts"), ("paraphrase", "with other templates")):
+        rows = summary[(summary["suite"] == suite) & (summary["metric"] == "accuracy")]
+        parts = [f"{method_name(row['method'])} {percent(row['after'])}" for row in rows.to_dict("records")]
+        if parts:
+            sentences.append(f"New facts answered {words}: {listed(parts)}.")
+    return sentences + versus(forgetting, "paraphrase")
+
+
+def about_keeping(summary: pd.DataFrame, forgetting: pd.DataFrame) -> list[str]:
+    """Say what each method keeps at which efficacy, and whether the methods can be told apart."""
+    shares = kept(forgetting)
+    learnt = summary[(summary["suite"] == "efficacy") & (summary["metric"] == "accuracy")].set_index("method")["after"]
+    sentences = []
+    if len(shares):
+        parts = [f"{method_name(row['method'])} {percent(row['share'])}" for row in shares.to_dict("records")]
+        known = [float(learnt[method]) for method in shares["method"] if method in learnt]
+        at = f" at an efficacy of {listed([percent(value) for value in known])}" if known else ""
+        sentences.append(f"Of {_counts(shares)} other facts that the model knew, these are kept{at}: {listed(parts)}.")
+        if known and max(known) - min(known) > UNEQUAL:
+            apart = percent(max(known) - min(known)).removesuffix("%")
+            sentences.append(f"The efficacies differ by {apart} points, so this does not compare at equal efficacy.")
+    return sentences + versus(forgetting, "retained") + versus(forgetting, "neighbourhood")
+
+
+def versus(forgetting: pd.DataFrame, suite: str) -> list[str]:
+    """Compare the first method with each other one on one suite, fact by fact, and say if they can be told apart."""
+    methods, words, counts = list(forgetting["method"].unique()), [], set()
+    first = "loki" if "loki" in methods else (methods[0] if methods else "")
+    for other in (name for name in methods if name != first):
+        found = paired_difference(forgetting, suite, first, other)
+        if found is None:
+            continue
+        counts.add(int(found["n"]))
+        points = {key: found[key] * 100 for key in ("difference", "low", "high")}
+        size = f"{tenth(points['difference'])} points, {tenth(points['low'])} to {tenth(points['high'])}"
+        if found["low"] <= 0 <= found["high"]:
+            words.append(f"cannot be told apart from {method_name(other)} ({size})")
+        else:
+            word = "more" if found["difference"] > 0 else "fewer"
+            words.append(f"answers {word} than {method_name(other)} ({size})")
+    if not words:
+        return []
+    over = f"{min(counts)} facts" if len(counts) == 1 else f"{min(counts)} to {max(counts)} facts"
+    return [
+        f"On {SUITE_WORDS.get(suite, suite)}, {method_name(first)} {listed(words)}; paired bootstrap over {over}, "
+        "95% intervals."
+    ]
+
+
+def about_perplexity(summary: pd.DataFrame) -> list[str]:
+    """Say how perplexity on general text changed per method."""
+    words = []
+    for row in summary[summary["metric"] == "perplexity"].to_dict("records"):
+        verdict = "worse" if row["low"] > 0 else "better" if row["high"] < 0 else "not distinguishable from no change"
+        moved = f"{number(row['before'])} to {number(row['after'])}"
+        words.append(f"{moved} with {method_name(row['method'])} (change {_ends(row, sign=True)}: {verdict})")
+    return [f"Perplexity on general text went from {listed(words)}."] if words else []
+
+
+def about_shift(summary: pd.DataFrame) -> list[str]:
+    """Say how far the predictions on general text moved from the base model's."""
+    rows = summary[(summary["suite"] == "general") & (summary["metric"] == "kl")].to_dict("records")
+    words = [f"{number(row['after'])} with {method_name(row['method'])} ({_ends(row)})" for row in rows]
+    return [f"The mean KL divergence from the base model is {listed(words)} nats per token."] if words else []
+
+
+def about_change(facts: pd.DataFrame) -> list[str]:
+    """Say for each method how many retained facts became less likely."""
+    words = []
+    for method, rows in facts.groupby("method", sort=False):
+        fell = int((rows["after"] < rows["before"]).sum())
+        words.append(f"{fell} of {len(rows)} with {method_name(str(method))}")
+    return [f"Retained facts whose answer became less likely: {listed(words)}."] if words else []
+
+
+def _of(hits: float, total: float) -> str:
+    low, high = wilson(int(hits), int(total))
+    share = percent(hits / total) if total else "none"
+    return f"{number(hits)} of {number(total)} facts ({share}, 95% interval {low * 100:.0f} to {high * 100:.0f}%)"
+
+
+def _counts(shares: pd.DataFrame) -> str:
+    low, high = shares["total"].min(), shares["total"].max()
+    return number(low) if low == high else f"{number(low)} to {number(high)}"
+
+
+def _ends(row: Mapping[str, Any], sign: bool = False) -> str:
+    return f"{number(row['low'], sign)} to {number(row['high'], sign)}"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

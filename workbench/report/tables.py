@@ -1,0 +1,189 @@
+"""From a run's artefacts to the small tidy frames behind its figures, each number with a 95% interval."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from workbench.selection import Selection
+
+DRAWS = 2000
+SEED = 0
+Z95 = 1.959963984540054
+
+
+def wilson(successes: int, total: int) -> tuple[float, float]:
+    """Return the 95% interval of a share (Wilson 1927); of nothing at all it is 0 to 1.
+
+    >>> [round(end, 3) for end in wilson(8, 10)]
+    [0.49, 0.943]
+    """
+    if total == 0:
+        return 0.0, 1.0
+    share, z2 = successes / total, Z95**2
+    centre = (share + z2 / (2 * total)) / (1 + z2 / total)
+    half = Z95 / (1 + z2 / total) * np.sqrt(share * (1 - share) / total + z2 / (4 * total**2))
+    return float(max(0.0, centre - half)), float(min(1.0, centre + half))
+
+
+def bootstrap(values: np.ndarray, weights: np.ndarray | None = None, *, seed: int = SEED) -> np.ndarray:
+    """Return `DRAWS` resampled (weighted) means of each column of `values`, facts (rows) drawn with replacement.
+
+    All columns share the drawn facts, so differences of columns are paired. Shape (draws, columns).
+    """
+    n = len(values)
+    columns = np.asarray(values, dtype=np.float64).reshape(n, -1)
+    heavy = np.ones(n) if weights is None else np.asarray(weights, dtype=np.float64)
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=DRAWS).astype(np.float64)
+    return (counts @ (columns * heavy[:, None])) / (counts @ heavy)[:, None]
+
+
+def interval(
+    values: np.ndarray, weights: np.ndarray | None = None, *, seed: int = SEED
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the 95% percentile bootstrap interval of each column's mean over facts (rows)."""
+    low, high = np.percentile(bootstrap(values, weights, seed=seed), [2.5, 97.5], axis=0)
+    return low, high
+
+
+def recall_by_relation(recall: pd.DataFrame) -> pd.DataFrame:
+    """Count known and unknown facts per relation and over all ("all"), with Wilson intervals of the known share."""
+    groups = [(str(name), rows["known"]) for name, rows in recall.groupby("relation", sort=True)]
+    records = []
+    for relation, known in [*groups, ("all", recall["known"])]:
+        hits, total = int(known.sum()), len(known)
+        low, high = wilson(hits, total)
+        share = hits / total if total else 0.0
+        records.append((relation, hits, total - hits, share, low, high))
+    return pd.DataFrame(records, columns=["relation", "known", "unknown", "share", "low", "high"])
+
+
+def overlap_layers(interference: xr.Dataset, metric: str, most_facts: int = 240, most_layers: int = 6) -> xr.DataArray:
+    """Return overlaps (layer, fact, other) without the diagonal: the mean over layers and some layers, evenly spread.
+
+    Facts are ordered by relation, then id; of more than `most_facts` every so many-th is kept. `layer` is text.
+    """
+    value = interference["value"].sel(metric=metric)
+    order = np.lexsort((value["fact"].values.astype(str), value["relation"].values.astype(str)))
+    if len(order) > most_facts:
+        order = order[np.linspace(0, len(order) - 1, most_facts).round().astype(int)]
+    value = value.isel(fact=order, other=order)
+    layers = value["layer"].values
+    shown = np.unique(np.linspace(0, len(layers) - 1, min(most_layers, len(layers))).round().astype(int))
+    total = sum(value.isel(layer=place).values.astype(np.float64) for place in range(len(layers)))
+    stacked = np.stack([total / len(layers), *(value.isel(layer=place).values for place in shown)]).astype(np.float32)
+    stacked[:, np.arange(len(order)), np.arange(len(order))] = np.nan
+    coords = {"layer": ["mean", *(str(layers[place]) for place in shown)], "fact": value["fact"].values}
+    made = xr.DataArray(stacked, dims=("layer", "fact", "other"), coords={**coords, "other": value["other"].values})
+    return made.assign_coords(relation=("fact", value["relation"].values.astype(str)))
+
+
+def closest_pairs(overlap: xr.DataArray, top: int = 50) -> pd.DataFrame:
+    """Return the pairs of facts with the largest mean overlap over layers: fact, other, same_relation, overlap."""
+    mean = overlap.sel(layer="mean").values
+    first, second = np.triu_indices(len(mean), k=1)
+    best = np.lexsort((second, first, -mean[first, second]))[:top]
+    ids, relations = overlap["fact"].values, overlap["relation"].values
+    one, two = first[best], second[best]
+    columns = {"fact": ids[one], "other": ids[two], "same_relation": relations[one] == relations[two]}
+    return pd.DataFrame({**columns, "overlap": mean[one, two]})
+
+
+def within_across(interference: xr.Dataset, metric: str) -> pd.DataFrame:
+    """Return per layer the overlap within and across relations, the difference, its null band and p-value."""
+    names = ["within", "across", "difference", "null_low", "null_high", "p_value"]
+    chosen = interference[[name for name in names if name in interference]].sel(metric=metric, drop=True)
+    frame = chosen.to_dataframe().reset_index()
+    return frame[["layer", *(name for name in names if name in frame)]]
+
+
+def load_and_selection(load: xr.DataArray, selections: Mapping[str, Selection]) -> pd.DataFrame:
+    """Return per layer and method how many units are selected, of how many, and their mean load.
+
+    The method "all" stands for every unit. `share` is the part of the layer's load that the selected units carry.
+    """
+    values = load.transpose("layer", "unit").values.astype(np.float64)
+    masks = {"all": np.ones(values.shape, dtype=bool), **{name: s.mask.values for name, s in selections.items()}}
+    frames = []
+    for method, mask in masks.items():
+        if mask.shape != values.shape:
+            raise ValueError(f"The selection of {method} has shape {mask.shape}, the load {values.shape}: run again.")
+        count, carried, total = mask.sum(axis=1), (values * mask).sum(axis=1), values.sum(axis=1)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            columns = {"load": carried / count, "share": carried / total}
+        place = {"layer": load["layer"].values, "method": method, "selected": count, "units": values.shape[1]}
+        frames.append(pd.DataFrame({**place, **columns}))
+    return pd.concat(frames, ignore_index=True)
+
+
+def drift_summary(drift: pd.DataFrame) -> pd.DataFrame:
+    """Return the mean over facts of before, after and change per method, group, metric and layer, with an interval.
+
+    The layer of metrics without one is -1.
+    """
+    rows = drift.assign(layer=drift["layer"].astype("Int64").fillna(-1).astype(int))
+    frames = []
+    for (method, group, metric), part in rows.groupby(["method", "group", "metric"], sort=False):
+        wide = part.pivot(index="fact", columns="layer", values=["before", "after", "change"])
+        change = wide["change"].dropna()
+        means = wide.loc[change.index].mean()
+        low, high = interval(change.to_numpy()) if len(change) else (np.nan, np.nan)
+        place = {"method": method, "group": group, "metric": metric, "layer": change.columns.to_numpy()}
+        found = {name: means[name].to_numpy() for name in ("before", "after", "change")}
+        frames.append(pd.DataFrame({**place, "n": len(change), **found, "low": low, "high": high}))
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+
+def forgetting_summary(forgetting: pd.DataFrame) -> pd.DataFrame:
+    """Return per method, suite and metric the (weighted) mean before, after, the change and its interval.
+
+    From the general suite's nll (nats per token) comes one more metric, `perplexity` = exp(sum nll w / sum w).
+    """
+    records = []
+    for (method, suite, metric), rows in forgetting.groupby(["method", "suite", "metric"], sort=False):
+        columns, weights = rows[["before", "after"]].to_numpy(np.float64), rows["weight"].to_numpy(np.float64)
+        before, after = np.average(columns, axis=0, weights=weights)
+        drawn = bootstrap(columns, weights)
+        forms = [(metric, before, after, drawn)]
+        if suite == "general" and metric == "nll":
+            with np.errstate(over="ignore"):  # a model that was destroyed has an infinite perplexity
+                forms.append(("perplexity", np.exp(before), np.exp(after), np.exp(drawn)))
+        for name, first, last, draws in forms:
+            low, high = np.percentile(draws[:, 1] - draws[:, 0], [2.5, 97.5])
+            records.append((method, suite, name, len(rows), first, last, last - first, low, high))
+    names = ["method", "suite", "metric", "n", "before", "after", "change", "low", "high"]
+    return pd.DataFrame(records, columns=names)
+
+
+def kept(forgetting: pd.DataFrame) -> pd.DataFrame:
+    """Return per method the share of retained facts, right before, that are still right, with Wilson intervals."""
+    records = []
+    for method, rows in _accuracy(forgetting, "retained").groupby("method", sort=False):
+        right = rows[rows["before"] > 0.5]
+        hits = int((right["after"] > 0.5).sum())
+        if len(right):
+            records.append((method, hits, len(right), hits / len(right), *wilson(hits, len(right))))
+    return pd.DataFrame(records, columns=["method", "hits", "total", "share", "low", "high"])
+
+
+def paired_difference(forgetting: pd.DataFrame, suite: str, first: str, second: str) -> dict[str, float] | None:
+    """Return the difference (first minus second) of the share right after, over shared facts, with a paired interval.
+
+    Facts that the base model did not answer are left out of `retained` and `neighbourhood`. None without shared facts.
+    """
+    rows = _accuracy(forgetting, suite)
+    if suite in ("retained", "neighbourhood"):
+        rows = rows[rows["before"] > 0.5]
+    wide = (
+        rows[rows["method"].isin([first, second])].pivot_table(index="fact", columns="method", values="after").dropna()
+    )
+    if first not in wide or second not in wide or wide.empty:
+        return None
+    change = (wide[first] - wide[second]).to_numpy()
+    low, high = interval(change)
+    return {"n": len(change), "difference": float(change.mean()), "low": float(low[0]), "high": float(high[0])}
+
+
+def _accuracy(forgetting: pd.DataFrame, suite: str) -> pd.DataFrame:
+    return forgetting[(forgetting["suite"] == suite) & (forgetting["metric"] == "accuracy")]

@@ -1,0 +1,24 @@
+"""The labelled results that flow between the rooms, and the only door to zarr."""
+
+from workbench.results.files import digest_of, load_frame, load_json, save_frame, save_json, write_atomically
+from workbench.results.labelled import open_result, save_result
+from workbench.results.run import RunDir, provenance
+from workbench.results.schema import validate_attribution, validate_interference
+from workbench.results.store import AttributionStore, open_store
+
+__all__ = [
+    "AttributionStore",
+    "RunDir",
+    "digest_of",
+    "load_frame",
+    "load_json",
+    "open_result",
+    "open_store",
+    "provenance",
+    "save_frame",
+    "save_json",
+    "save_result",
+    "validate_attribution",
+    "validate_interference",
+    "write_atomically",
+]

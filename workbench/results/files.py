@@ -1,0 +1,104 @@
+"""Files that are either there in full or not there at all: JSON and parquet, written beside the target and moved."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+
+@contextlib.contextmanager
+def one_sentence_disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full or read-only disk into one sentence that names the place and the way out."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(
+                f"The disk is full while writing {path}: free some space and start again; "
+                "everything written before is kept."
+            ) from error
+        if error.errno in (errno.EROFS, errno.EACCES):
+            raise PermissionError(f"Cannot write {path}: choose a folder that you may write to.") from error
+        raise
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
+    """Let `write` fill a temporary file beside `path`, then move it there in one step; a failure leaves no trace."""
+    target = Path(path)
+    with one_sentence_disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        try:
+            write(partial)
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+    return target
+
+
+def save_json(obj: Any, path: str | Path) -> Path:
+    """Write `obj` as indented JSON, atomically; NaN and infinities are refused because JSON has no word for them."""
+    try:
+        text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False, default=_plain)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"Cannot write {path} as JSON ({error}): use plain finite numbers, text, lists.") from error
+    return write_atomically(path, lambda partial: partial.write_text(text + "\n", encoding="utf-8"))
+
+
+def load_json(path: str | Path) -> Any:
+    """Read a JSON file; a missing or broken one is named in one sentence."""
+    source = Path(path)
+    if not source.is_file():
+        raise FileNotFoundError(f"There is no file {source}.")
+    try:
+        return json.loads(source.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{source} is not valid JSON ({error}): write it again.") from error
+
+
+def save_frame(frame: pd.DataFrame, path: str | Path) -> Path:
+    """Write a tidy frame with its index, dtypes and `attrs` as parquet, atomically."""
+    return write_atomically(path, lambda partial: frame.to_parquet(partial, engine="pyarrow"))
+
+
+def load_frame(path: str | Path) -> pd.DataFrame:
+    """Read a parquet frame with its index, dtypes and `attrs`."""
+    source = Path(path)
+    if not source.is_file():
+        raise FileNotFoundError(f"There is no file {source}.")
+    try:
+        return pd.read_parquet(source, engine="pyarrow")
+    except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
+        raise ValueError(f"{source} is not a readable parquet file ({error}): write it again.") from error
+
+
+def digest_of(obj: Any) -> str:
+    """SHA-256 (hex) of the canonical JSON of `obj`: keys sorted, no spaces, so that equal content has one digest.
+
+    >>> digest_of({"b": 1, "a": [2, 3]}) == digest_of({"a": (2, 3), "b": 1})
+    True
+    >>> digest_of({})[:12]
+    '44136fa355b3'
+    """
+    text = json.dumps(obj, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=_plain)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def _plain(obj: Any) -> Any:
+    """What JSON does not know by itself: numpy numbers and arrays, and paths."""
+    if isinstance(obj, np.generic):
+        return obj.item()
+    if isinstance(obj, np.ndarray):
+        return obj.tolist()
+    if isinstance(obj, os.PathLike):
+        return os.fspath(obj)
+    raise TypeError(f"{type(obj).__name__} has no JSON form")

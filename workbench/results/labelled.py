@@ -1,0 +1,99 @@
+"""Labelled results in folders: xarray datasets to zarr and back, whole or not at all."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from workbench.results.files import load_json, one_sentence_disk_errors
+
+KIND = "workbench_result"  # the attribute by which a folder is known to be ours
+
+
+def save_result(ds: xr.Dataset, path: str | Path, *, kind: str = "result") -> Path:
+    """Write a dataset to a zarr folder, atomically; an earlier result there is replaced, anything else is refused."""
+    folder = Path(path)
+    check_replaceable(folder)
+    plain = _text_as(ds, np.dtypes.StringDType()).drop_encoding().assign_attrs({KIND: kind})
+    with one_sentence_disk_errors(folder):
+        replace_folder(folder, lambda fresh: plain.to_zarr(fresh, mode="w", consolidated=False, zarr_format=3))
+    return folder
+
+
+def open_result(path: str | Path, *, partial: bool = False, all_facts: bool = False) -> xr.Dataset:
+    """Open a stored result lazily: numbers are read when they are used.
+
+    An attribution that was interrupted is refused unless `partial=True`, which gives the facts that are done (and says
+    so in the attribute "partial"); `all_facts=True` also gives the others, as NaN.
+    """
+    folder = Path(path)
+    if kind_of(folder) is None:
+        raise FileNotFoundError(f"{folder} is not a folder with a result of this workbench.")
+    stored = xr.open_zarr(folder, consolidated=False, chunks=None, zarr_format=3)
+    ds = _text_as(
+        stored.drop_attrs(deep=False).assign_attrs({k: v for k, v in stored.attrs.items() if k != KIND}),
+        np.dtype(object),
+    )
+    if "done" not in ds:
+        return ds
+    done = ds["done"].values
+    ds = ds.drop_vars("done")
+    if done.all() or all_facts:
+        return ds
+    if not partial:
+        raise ValueError(
+            f"{folder} holds {int(done.sum())} of {done.size} facts: go on with the attribution (resume=True), "
+            "or open it as it is with partial=True."
+        )
+    return ds.isel(fact=np.flatnonzero(done)).assign_attrs(partial=f"{int(done.sum())} of {done.size} facts")
+
+
+def kind_of(folder: Path) -> str | None:
+    """Return the kind of result that a folder holds, or None if it is not a result of ours."""
+    metadata = folder / "zarr.json"
+    if not metadata.is_file():
+        return None
+    record: Any = load_json(metadata)
+    attributes = record.get("attributes", {}) if isinstance(record, dict) else {}
+    return attributes.get(KIND)
+
+
+def check_replaceable(folder: Path, kind: str | None = None) -> None:
+    """Refuse a place that holds anything but a result of ours (of this kind), so that nothing else is ever deleted."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    found = kind_of(folder) if folder.is_dir() else None
+    if found is None:
+        raise ValueError(f"{folder} exists and is not a result of this workbench: choose another place to write to.")
+    if kind is not None and found != kind:
+        raise ValueError(f"{folder} holds a result of the kind {found!r}, not {kind!r}: choose another place.")
+
+
+def replace_folder(folder: Path, fill: Callable[[Path], object]) -> None:
+    """Fill a new folder beside `folder`, then put it in its place; the old one goes last."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    try:
+        fill(fresh)
+        if folder.exists():
+            folder.rename(old)
+        fresh.rename(folder)
+    except BaseException:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        raise
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _text_as(ds: xr.Dataset, dtype: np.dtype) -> xr.Dataset:
+    """Give every text variable one dtype: zarr stores text of any length, callers see Python strings."""
+    text = {name: var.astype(dtype) for name, var in ds.variables.items() if var.dtype.kind in "UOT"}
+    coords = {name: var for name, var in text.items() if name in ds.coords}
+    return ds.assign({name: var for name, var in text.items() if name not in coords}).assign_coords(coords)

@@ -1,0 +1,144 @@
+"""What a labelled result must look like, as tables; and the check that says in one sentence what is wrong."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+import xarray as xr
+
+FACTS_AT_ONCE = 64  # while checking a stored result for finite numbers
+
+
+@dataclass(frozen=True)
+class Variable:
+    """Dims and dtype kind of one variable ("f" float, "i" whole number, "t" text), and whether NaN may stand in it."""
+
+    dims: tuple[str, ...]
+    kind: str = "f"
+    finite: bool = True
+
+
+@dataclass(frozen=True)
+class Schema:
+    """The variables, coordinates and attributes that one kind of result must have; more are allowed."""
+
+    name: str
+    variables: Mapping[str, Variable]
+    coords: Mapping[str, Variable]
+    attrs: tuple[str, ...]
+
+
+_PER_LAYER = Variable(("metric", "layer"), finite=False)  # NaN where there is only one relation
+
+ATTRIBUTION = Schema(
+    name="attribution",
+    variables=MappingProxyType(
+        {
+            "score": Variable(("fact", "layer", "unit")),
+            "gap": Variable(("fact", "layer")),
+            "target_prob": Variable(("fact",)),
+        }
+    ),
+    coords=MappingProxyType(
+        {
+            "fact": Variable(("fact",), "t"),
+            "layer": Variable(("layer",), "i"),
+            "unit": Variable(("unit",), "i"),
+            "relation": Variable(("fact",), "t"),
+        }
+    ),
+    attrs=(
+        "unit",
+        "method",
+        "steps",
+        "rule",
+        "baseline",
+        "scope",
+        "objective",
+        "target",
+        "model_digest",
+        "fact_digest",
+    ),
+)
+
+INTERFERENCE = Schema(
+    name="interference",
+    variables=MappingProxyType(
+        {
+            "value": Variable(("metric", "layer", "fact", "other")),
+            "load": Variable(("layer", "unit")),
+            "within": _PER_LAYER,
+            "across": _PER_LAYER,
+            "difference": _PER_LAYER,
+            "null_low": _PER_LAYER,
+            "null_high": _PER_LAYER,
+            "p_value": _PER_LAYER,
+        }
+    ),
+    coords=MappingProxyType(
+        {
+            "metric": Variable(("metric",), "t"),
+            "layer": Variable(("layer",), "i"),
+            "fact": Variable(("fact",), "t"),
+            "other": Variable(("other",), "t"),
+            "relation": Variable(("fact",), "t"),
+        }
+    ),
+    attrs=("unit",),
+)
+
+
+def validate_attribution(ds: xr.Dataset) -> None:
+    """Raise `ValueError` with one sentence unless `ds` is a complete attribution result."""
+    _validate(ds, ATTRIBUTION)
+
+
+def validate_interference(ds: xr.Dataset) -> None:
+    """Raise `ValueError` with one sentence unless `ds` is a complete interference result."""
+    _validate(ds, INTERFERENCE)
+    if not np.array_equal(ds["fact"].values.astype(str), ds["other"].values.astype(str)):
+        raise ValueError("An interference result has the same facts, in the same order, on `fact` and on `other`.")
+
+
+def _validate(ds: xr.Dataset, schema: Schema) -> None:
+    what = f"This {schema.name} result"
+    for group, found in ((schema.coords, ds.coords), (schema.variables, ds.data_vars)):
+        for name, wanted in group.items():
+            if name not in found:
+                raise ValueError(f"{what} lacks `{name}` with dims ({', '.join(wanted.dims)}).")
+            array = ds[name]
+            if array.dims != wanted.dims:
+                raise ValueError(f"{what} has `{name}` with dims {array.dims}, expected {wanted.dims}.")
+            if not _is_kind(array, wanted.kind):
+                raise ValueError(f"{what} has `{name}` of dtype {array.dtype}, expected {_KINDS[wanted.kind][1]}.")
+    missing = [name for name in schema.attrs if name not in ds.attrs]
+    if missing:
+        raise ValueError(f"{what} does not say its {', '.join(missing)}: put it into the attributes.")
+    if ds.attrs["unit"] not in ("node", "neuron"):
+        raise ValueError(f'{what} has the unit kind {ds.attrs["unit"]!r}: it is "node" or "neuron".')
+    for name in ("fact", "layer"):
+        index = ds.indexes[name]
+        if not index.is_unique:
+            raise ValueError(f"{what} has {name} {index[index.duplicated()][0]} twice.")
+    for name, wanted in schema.variables.items():
+        if wanted.finite:
+            _check_finite(ds[name], what)
+
+
+_KINDS = {"f": ("f", "floating point"), "i": ("iu", "whole numbers"), "t": ("UOT", "text")}
+
+
+def _is_kind(array: xr.DataArray, kind: str) -> bool:
+    return array.dtype.kind in _KINDS[kind][0]
+
+
+def _check_finite(array: xr.DataArray, what: str) -> None:
+    """Look for NaN and infinities along the first axis in slices, so that a stored result is not loaded whole."""
+    first = array.dims[0]
+    for start in range(0, array.sizes[first], FACTS_AT_ONCE):
+        block = array.isel({first: slice(start, start + FACTS_AT_ONCE)})
+        bad = np.argwhere(~np.isfinite(block.values))
+        if len(bad):
+            label = block[first].values[bad[0][0]] if first in block.coords else start + bad[0][0]
+            raise ValueError(f"{what} has a `{array.name}` at {first} {label} that is not finite: compute it again.")

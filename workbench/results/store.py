@@ -1,0 +1,228 @@
+"""Attribution results that grow fact by fact, in memory or in a zarr folder that survives being killed."""
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+import zarr
+from filelock import FileLock, Timeout
+from jaxtyping import Float
+
+from workbench.results.files import one_sentence_disk_errors
+from workbench.results.labelled import KIND, check_replaceable, kind_of, open_result, replace_folder
+
+CHUNK_BYTES = 2**16  # of scores in one file; larger facts have a file each
+SMALL_CHUNK = 1024  # facts in one file of the small arrays
+NOTES = "notes"  # the attribute for what is recorded but not compared
+
+
+class AttributionStore:
+    """Scores by fact, written in any order; facts that are not `done` are still `todo`.
+
+    Made by `open_store`. A write puts the numbers first and the mark `done` last, so that a process killed in between
+    leaves the facts of that one write to do again, and nothing else.
+    """
+
+    def __init__(self, arrays: Mapping[str, Any], path: Path | None, labels: xr.Dataset) -> None:
+        self._arrays, self._labels = arrays, labels
+        self.path = path
+        self._done = np.array(arrays["done"][:], dtype=bool)
+
+    @property
+    def todo(self) -> list[int]:
+        """Indices of the facts that are not written yet, ascending."""
+        return [int(i) for i in np.flatnonzero(~self._done)]
+
+    @property
+    def done(self) -> list[int]:
+        """Indices of the facts that are written, ascending."""
+        return [int(i) for i in np.flatnonzero(self._done)]
+
+    def write(
+        self,
+        indices: Sequence[int],
+        score: Float[np.ndarray, "batch layer unit"],
+        gap: Float[np.ndarray, "batch layer"],
+        target_prob: Float[np.ndarray, " batch"],
+    ) -> None:
+        """Write the numbers of these facts, then mark them done; numbers that are not finite are refused first."""
+        where = np.asarray(indices, dtype=np.int64)
+        values = {"score": score, "gap": gap, "target_prob": target_prob}
+        for name, value in values.items():
+            expected = (len(where), *self._arrays[name].shape[1:])
+            if value.shape != expected:
+                raise ValueError(
+                    f"Cannot write `{name}` of shape {value.shape} for {len(where)} facts, not {expected}."
+                )
+            bad = np.flatnonzero(~np.isfinite(value.reshape(len(where), -1)).all(axis=1))
+            if bad.size:
+                fact = self._labels["fact"].values[where[bad[0]]]
+                raise ValueError(
+                    f"The {name} of fact {fact} is not finite: check the model's weights for NaN, or use float32; "
+                    "the facts written before are kept."
+                )
+        order = np.argsort(where)
+        with one_sentence_disk_errors(self.path or Path("memory")):
+            for name, value in values.items():
+                _put(self._arrays[name], where[order], value[order].astype(np.float32))
+            _put(self._arrays["done"], where[order], np.ones(len(where), dtype=bool))
+        self._done[where] = True
+
+    def dataset(self, *, partial: bool = False) -> xr.Dataset:
+        """Return the result: lazily from the folder, or from memory; see `open_result` for `partial`."""
+        if self.path is not None:
+            return open_result(self.path, partial=partial)
+        if self.todo and not partial:
+            raise ValueError(f"{len(self.todo)} facts are not attributed yet: write them, or pass partial=True.")
+        ds = self._labels.assign(
+            score=(("fact", "layer", "unit"), self._arrays["score"]),
+            gap=(("fact", "layer"), self._arrays["gap"]),
+            target_prob=(("fact",), self._arrays["target_prob"]),
+        )
+        return ds.isel(fact=self.done) if self.todo else ds
+
+
+@contextlib.contextmanager
+def open_store(
+    path: str | Path | None,
+    *,
+    ids: Sequence[str],
+    relations: Sequence[str],
+    n_layers: int,
+    n_units: int,
+    attrs: Mapping[str, Any],
+    notes: Mapping[str, Any] | None = None,
+    resume: bool = True,
+) -> Iterator[AttributionStore]:
+    """Create an attribution result for these facts, or go on with the one that lies at `path`.
+
+    `attrs` (settings, model digest, fact digest) must equal those of the stored result, else `ValueError` names what
+    differs; `notes` are recorded but not compared. `path=None` keeps everything in memory. `resume=False` replaces an
+    earlier result, and only a result. A second writer to the same path is refused while this one is open.
+
+    >>> with open_store(None, ids=["a"], relations=["r"], n_layers=1, n_units=2, attrs={"unit": "node"}) as store:
+    ...     store.write([0], np.ones((1, 1, 2)), np.zeros((1, 1)), np.array([0.5]))
+    ...     store.dataset()["score"].values.tolist()
+    [[[1.0, 1.0]]]
+    """
+    if not ids or len(set(ids)) != len(ids) or len(relations) != len(ids):
+        raise ValueError(f"A result needs unique fact ids, each with a relation; got {len(ids)} and {len(relations)}.")
+    settings = _as_stored(attrs)
+    labels = _labels(ids, relations, n_layers, n_units, {**settings, NOTES: _as_stored(notes or {})})
+    if path is None:
+        yield AttributionStore(_numpy_arrays(len(ids), n_layers, n_units), None, labels)
+        return
+    folder = Path(path)
+    with exclusive(folder.with_name(folder.name + ".lock"), f"{folder} is being written by another process"):
+        check_replaceable(folder, kind="attribution")
+        if resume and kind_of(folder) is not None:
+            _check_same(folder, labels, settings)
+        else:
+            with one_sentence_disk_errors(folder):
+                replace_folder(folder, lambda fresh: _create(fresh, labels))
+        group = zarr.open_group(folder, mode="r+", zarr_format=3)
+        yield AttributionStore({name: group[name] for name in ("score", "gap", "target_prob", "done")}, folder, labels)
+
+
+@contextlib.contextmanager
+def exclusive(lock: Path, busy: str) -> Iterator[None]:
+    """Hold a lock file, or raise `ValueError` at once with the sentence `busy`; a crash releases it."""
+    with one_sentence_disk_errors(lock):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        held = FileLock(lock)
+        try:
+            held.acquire(timeout=0)
+        except Timeout as error:
+            raise ValueError(f"{busy} (lock file {lock}): wait for it to end, or choose another place.") from error
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def _labels(
+    ids: Sequence[str], relations: Sequence[str], n_layers: int, n_units: int, attrs: Mapping[str, Any]
+) -> xr.Dataset:
+    """The coordinates and attributes of a result that has no numbers yet."""
+    coords = {
+        "fact": ("fact", np.array(list(ids), dtype=object)),
+        "relation": ("fact", np.array(list(relations), dtype=object)),
+        "layer": ("layer", np.arange(n_layers)),
+        "unit": ("unit", np.arange(n_units)),
+    }
+    return xr.Dataset(coords=coords, attrs=dict(attrs))
+
+
+def _specifications(n_facts: int, n_layers: int, n_units: int) -> dict[str, tuple[tuple[str, ...], Any, int, Any]]:
+    """For each array its dims, dtype, facts per chunk and fill value."""
+    per_chunk = max(1, min(n_facts, math.ceil(CHUNK_BYTES / (4 * n_layers * n_units))))
+    small = min(n_facts, SMALL_CHUNK)
+    return {
+        "score": (("fact", "layer", "unit"), np.float32, per_chunk, np.nan),
+        "gap": (("fact", "layer"), np.float32, small, np.nan),
+        "target_prob": (("fact",), np.float32, small, np.nan),
+        "done": (("fact",), np.bool_, small, False),
+    }
+
+
+def _numpy_arrays(n_facts: int, n_layers: int, n_units: int) -> dict[str, np.ndarray]:
+    sizes = {"fact": n_facts, "layer": n_layers, "unit": n_units}
+    table = _specifications(n_facts, n_layers, n_units).items()
+    return {name: np.full([sizes[d] for d in dims], fill, dtype) for name, (dims, dtype, _, fill) in table}
+
+
+def _create(folder: Path, labels: xr.Dataset) -> None:
+    """Lay out an empty result: labels in full, the arrays of numbers as metadata only."""
+    group = zarr.create_group(folder, zarr_format=3)
+    for name, coord in labels.coords.items():
+        is_text, axes = coord.dtype == object, [str(dim) for dim in coord.dims]
+        array = group.create_array(
+            str(name),
+            shape=coord.shape,
+            dtype=str if is_text else np.int64,
+            dimension_names=axes,
+        )
+        array[:] = coord.values.astype(np.dtypes.StringDType()) if is_text else coord.values
+    sizes = {str(dim): size for dim, size in labels.sizes.items()}
+    for name, (dims, dtype, per_chunk, fill) in _specifications(*(sizes[d] for d in ("fact", "layer", "unit"))).items():
+        shape = tuple(sizes[dim] for dim in dims)
+        group.create_array(
+            name, shape=shape, chunks=(per_chunk, *shape[1:]), dtype=dtype, fill_value=fill, dimension_names=dims
+        )
+    group.attrs.update({**labels.attrs, "coordinates": "relation", KIND: "attribution"})
+
+
+def _put(array: Any, where: np.ndarray, values: np.ndarray) -> None:
+    if isinstance(array, np.ndarray):
+        array[where] = values
+    else:
+        array.oindex[(where, *[slice(None)] * (values.ndim - 1))] = values
+
+
+def _as_stored(attrs: Mapping[str, Any]) -> dict[str, Any]:
+    """What attributes look like after a way through JSON, so that stored and given ones can be compared."""
+    try:
+        return json.loads(json.dumps(dict(attrs), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"The attributes of a result are plain JSON values ({error}).") from error
+
+
+def _check_same(folder: Path, labels: xr.Dataset, settings: Mapping[str, Any]) -> None:
+    """Refuse to go on with a result of other settings, another model or other facts."""
+    with open_result(folder, all_facts=True) as stored:
+        kept = {k: v for k, v in stored.attrs.items() if k != NOTES}
+        names = sorted(k for k in {*kept, *settings} if kept.get(k, "absent") != settings.get(k, "absent"))
+        differing = [f"{k} (stored {kept.get(k, 'absent')!r}, now {settings.get(k, 'absent')!r})" for k in names]
+        for name in ("fact", "layer", "unit"):
+            if not np.array_equal(stored[name].values, labels[name].values):
+                differing.append(f"the {name}s ({stored.sizes[name]} stored, now {labels.sizes[name]})")
+    if differing:
+        raise ValueError(
+            f"{folder} holds a result with other settings, it differs in {'; '.join(differing)}: "
+            "choose another out=, or start anew with resume=False."
+        )
