@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from workbench.facts import Fact, FactSet, Neighbour, fictional, general_text, load_facts, neutral_prompts
 from workbench.facts.nouns import gives_away
-from workbench.facts.shipped import invented, world
+from workbench.facts.shipped import invented
 
 CORPUS = ["The capital of France is Paris.", "The capital of Peru is Lima.", "Water boils at 100 degrees.", "São Tomé"]
 WORDS = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12).filter(str.strip)
@@ -478,39 +478,37 @@ MATERIAL = {
 
 
 def test_invented_facts_are_balanced_unique_and_pure() -> None:
-    facts = invented(MATERIAL, 36, 0)
-    assert facts == invented(MATERIAL, 36, 0)
-    assert facts.name == "fictional:36:0"
-    assert len({one.subject for one in facts}) == 36
+    facts = invented(MATERIAL, 30, 0)
+    assert facts == invented(MATERIAL, 30, 0)
+    assert facts.name == "fictional:30:0"
+    assert len({one.subject for one in facts}) == 30
     for relation, n_answers in (("home city", 4), ("known for", 3)):
         answers = [one.answer for one in facts if one.relation == relation]
         counts = [answers.count(answer) for answer in set(answers)]
-        assert len(answers) == 18
+        assert len(answers) == 15
         assert len(counts) == n_answers
         assert max(counts) - min(counts) <= 1
     for one in facts:
         assert len(one.paraphrases) == 2
-        assert len(one.neighbours) == 5
+        assert 3 <= len(one.neighbours) <= 5
         assert all(near.answer != one.answer for near in one.neighbours)
-    assert "Branmere" in {one.subject for one in invented(MATERIAL, 40, 0)}
+    taught = {one.prompt for one in facts}
+    assert not any(near.prompt in taught for one in facts for near in one.neighbours)
 
 
-def test_a_smaller_fiction_is_the_start_of_a_larger_one_but_for_neighbours() -> None:
+def test_a_smaller_fiction_is_the_start_of_a_larger_one() -> None:
     small, large = invented(MATERIAL, 10, 3), invented(MATERIAL, 30, 3)
-    assert [dataclasses.replace(one, neighbours=()) for one in small] == [
-        dataclasses.replace(one, neighbours=()) for one in large.facts[:10]
-    ]
+    assert small.facts == large.facts[:10]
     assert invented(MATERIAL, 10, 4).ids != small.ids
-    with pytest.raises(ValueError, match="names of kind 'person' last for 40; ask for fewer"):
+    with pytest.raises(ValueError, match="names of kind 'person' last for 30; ask for fewer"):
         invented(MATERIAL, 41, 0)
     with pytest.raises(ValueError, match="at least 1"):
         invented(MATERIAL, 0, 0)
 
 
 def test_world_is_large_varied_and_clean(caplog: pytest.LogCaptureFixture) -> None:
-    facts = world()
+    facts = load_facts("world")
     assert not caplog.records
-    assert facts == load_facts("world")
     assert len(facts) >= 500
     assert len(facts.relations) >= 15
     for one in facts:
@@ -525,15 +523,13 @@ def test_world_is_large_varied_and_clean(caplog: pytest.LogCaptureFixture) -> No
 
 def test_fiction_that_ships_invents_people_places_and_companies() -> None:
     facts = load_facts("fictional")
-    assert facts == fictional(200, 0)
+    assert facts.name == "fictional:200:0"
+    assert facts == load_facts(facts.name)
     assert len(facts) == 200
     assert len({one.subject for one in facts}) == 200
     assert all(len(one.paraphrases) >= 2 and one.neighbours for one in facts)
-    assert load_facts("fictional:60:7") == fictional(60, 7)
-    assert load_facts(facts.name) == facts
-    assert fictional(60, 7).ids != fictional(60, 8).ids
-    known = {one.subject for one in load_facts("world")}
-    assert not known & {one.subject for one in facts}
+    assert load_facts("fictional:20:7") == fictional(20, 7)
+    assert fictional(20, 7).ids != fictional(20, 8).ids
 
 
 def test_general_text_and_neutral_prompts() -> None:

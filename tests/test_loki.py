@@ -187,6 +187,18 @@ def test_layer_equals_a_dense_projection(data):
     assert not delta.index_select(0 if axis == "row" else 1, torch.tensor(outside, dtype=torch.int64)).any()
 
 
+@pytest.mark.parametrize("unit", ["node", "neuron"])
+def test_nothing_but_the_input_is_kept_for_the_backward_pass(unit):
+    layer = get_peft_model(tiny(), LokiConfig(selection=ROWS, unit=unit)).base_model.model.model.layers[1].mlp.down_proj
+    x = torch.randn(2, 5, 24, requires_grad=True)
+    own = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *layer.buffers(), x)}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(x)
+    others = [tuple(t.shape) for t in kept if t.untyped_storage().data_ptr() not in own]
+    assert others in ([], [(10, 4)]) if unit == "neuron" else others == []  # neurons keep their part of the input
+
+
 def test_several_adapters():
     model = get_peft_model(tiny("opt"), LokiConfig(selection=ROWS), adapter_name="first")
     before, base_logits = plain(model), logits(model)

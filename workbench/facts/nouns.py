@@ -27,17 +27,12 @@ def gives_away(prompt: str, answer: str) -> bool:
     return needle in haystack and re.search(rf"(?<!\w){re.escape(needle)}(?!\w)", haystack) is not None
 
 
-def check_text(value: object, field: str) -> None:
-    """Refuse what is not text with something in it: ValueError with one sentence that names the field."""
+def check_text(value: object, field: str, may_be_empty: bool = False) -> None:
+    """Refuse what is not text that UTF-8 can write: ValueError with one sentence that names the field."""
     if not isinstance(value, str):
         raise ValueError(f"field {field!r} is {_shown(value)}, not text: write it as a string")
-    if not value.strip():
+    if not may_be_empty and not value.strip():
         raise ValueError(f"field {field!r} is empty: give it some text")
-    check_encodable(value, field)
-
-
-def check_encodable(value: str, field: str) -> None:
-    """Refuse text that UTF-8 cannot write (half of a surrogate pair)."""
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -91,12 +86,10 @@ class Fact:
         for field in ("id", "prompt", "answer"):
             check_text(getattr(self, field), field)
         for field in ("relation", "subject"):
-            value = getattr(self, field)
-            if not isinstance(value, str):
-                raise ValueError(f"field {field!r} is {_shown(value)}, not text: write it as a string or leave it out")
-            check_encodable(value, field)
+            check_text(getattr(self, field), field, may_be_empty=True)
+        for text in self.paraphrases:
+            check_text(text, "paraphrases")
         for field, prompt in (("prompt", self.prompt), *(("paraphrases", text) for text in self.paraphrases)):
-            check_text(prompt, field)
             if not self.answer_in_prompt and gives_away(prompt, self.answer):
                 raise ValueError(
                     f"field {field!r} contains the answer {self.answer!r}: {prompt!r} gives it away; "

@@ -104,7 +104,9 @@ def need(place: str, record: Any, field: str, kind: str = "field") -> Any:
 
 def need_text(place: str, record: Any, field: str) -> str:
     """Take a field that must be text with something in it."""
-    value = need(place, record, field)
+    value = record[field] if isinstance(record, dict) and field in record else need(place, record, field)
+    if isinstance(value, str) and value.strip():
+        return value
     try:
         check_text(value, field)
     except ValueError as error:

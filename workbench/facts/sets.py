@@ -171,12 +171,12 @@ class FactSet:
         drawn = set(_drawn(self.ids, seed, n))
         return self.filter(where=lambda fact: fact.id in drawn)
 
-    def paraphrased(self) -> FactSet:
-        """Give the paraphrases as facts of their own, with ids `<id>#p1`, `<id>#p2`, ..."""
+    def paraphrased(self, start: int = 0, stop: int | None = None) -> FactSet:
+        """Give the paraphrases (of each fact those from `start` to before `stop`) as facts with ids `<id>#p1`, ..."""
         facts = tuple(
-            replace(fact, id=f"{fact.id}#p{number}", prompt=prompt, paraphrases=(), neighbours=())
+            replace(fact, id=f"{fact.id}#p{number + 1}", prompt=prompt, paraphrases=(), neighbours=())
             for fact in self.facts
-            for number, prompt in enumerate(fact.paraphrases, start=1)
+            for number, prompt in list(enumerate(fact.paraphrases))[start:stop]
         )
         return FactSet(f"{self.name}:paraphrased", facts)._with_facts("list the paraphrases of facts that have none")
 

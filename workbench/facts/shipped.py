@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import as_file, files
 from importlib.resources.abc import Traversable
-from itertools import cycle
+from itertools import count, cycle
 from typing import Any
 
 from workbench.facts import foreign
 from workbench.facts.nouns import order_key
-from workbench.facts.records import Placed, slug, to_facts, with_neighbours
+from workbench.facts.records import Placed, slug, to_facts
 from workbench.facts.sets import FactSet
 from workbench.facts.sources import open_source
+
+BYSTANDERS = 5  # invented subjects of each relation that are in no set
 
 
 def _data(name: str) -> Traversable:
@@ -47,8 +49,9 @@ def fictional(n: int = 200, seed: int = 0) -> FactSet:
     """Invent n facts about people, places and companies that do not exist, from the shipped material.
 
     A pure function of (n, seed). Relations take turns, the answers of a relation are used equally often, each
-    subject once. The first facts of a larger set are those of a smaller one with the same seed, but for their
-    neighbours, which come from the whole set. The name of the set, `fictional:<n>:<seed>`, loads it again.
+    subject once. The neighbours of a fact are bystanders: a few more invented subjects of its relation that are in no
+    set, so that what is taught about others can be seen to spread to them. The first facts of a larger set are those
+    of a smaller one with the same seed. The name of the set, `fictional:<n>:<seed>`, loads it again.
     """
     return invented(json.loads(_data("fictional.json").read_text(encoding="utf-8")), n, seed)
 
@@ -59,15 +62,17 @@ def invented(material: Mapping[str, Any], n: int, seed: int) -> FactSet:
         raise ValueError(f"cannot invent {n} facts: ask for at least 1")
     relations = material["relations"]
     names = {kind: _names(kind, parts, seed) for kind, parts in material["name_parts"].items()}
+    bystanders = {relation["name"]: _bystanders(relation, names, seed) for relation in relations}
     waiting = {kind: iter(found) for kind, found in names.items()}
+    answers = {relation["name"]: _answers(relation, seed) for relation in relations}
     placed = []
     for number, relation in zip(range(n), cycle(relations), strict=False):
         kind = relation["subject_kind"]
         subject = next(waiting[kind], None)
         if subject is None:
             raise ValueError(f"cannot invent {n} facts: the names of kind {kind!r} last for {number}; ask for fewer")
-        answer = _answer(relation, number // len(relations), seed)
         prompt, *rest = [template.replace("{}", subject) for template in relation["prompt_templates"]]
+        answer = next(answers[relation["name"]])
         record = {
             "id": f"{slug(relation['name'])}/{slug(subject)}",
             "relation": relation["name"],
@@ -75,16 +80,28 @@ def invented(material: Mapping[str, Any], n: int, seed: int) -> FactSet:
             "prompt": prompt,
             "answer": answer,
             "paraphrases": rest,
+            "neighbours": [one for one in bystanders[relation["name"]] if one["answer"] != answer],
         }
         placed.append(Placed(f"fictional material, relation {relation['name']!r}", record))
-    return FactSet(f"fictional:{n}:{seed}", to_facts(with_neighbours(placed)))
+    return FactSet(f"fictional:{n}:{seed}", to_facts(placed))
 
 
-def _answer(relation: Mapping[str, Any], number: int, seed: int) -> str:
-    """Give the answer of a relation's fact: every round uses each answer once, in an order of its own."""
-    turn, place = divmod(number, len(relation["answers"]))
-    in_order = sorted(relation["answers"], key=lambda answer: order_key(seed, relation["name"], turn, answer))
-    return in_order[place]
+def _bystanders(relation: Mapping[str, Any], names: Mapping[str, list[str]], seed: int) -> list[dict[str, str]]:
+    """Take a few names out of those of the relation's kind, and give each an answer of the relation."""
+    left = names[relation["subject_kind"]]
+    taken = [left.pop() for _ in range(min(BYSTANDERS, len(left) // 4))]
+    template = relation["prompt_templates"][0]
+    return [
+        {"prompt": template.replace("{}", subject), "answer": answer}
+        for subject, answer in zip(taken, _answers(relation, seed), strict=False)
+    ]
+
+
+def _answers(relation: Mapping[str, Any], seed: int) -> Iterator[str]:
+    """Give a relation's answers without end: every round uses each once, in an order of its own."""
+    for turn in count():
+        keys = {answer: order_key(seed, relation["name"], turn, answer) for answer in relation["answers"]}
+        yield from sorted(keys, key=keys.__getitem__)
 
 
 def _names(kind: str, parts: Mapping[str, Sequence[str]], seed: int) -> list[str]:

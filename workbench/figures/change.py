@@ -154,7 +154,7 @@ def forgetting_compared(frame: pd.DataFrame) -> go.Figure:
             mode="markers",
             name=name,
             marker={"size": 9, "color": colour, "symbol": SYMBOLS[place % 6]},
-            error_x=error_bars(rows, "change", 100),
+            error_x=error_bars(rows, "change", 100.0),
             hovertemplate=f"{name}: %{{x:+.1f}} points<extra></extra>",
         )
     fig.add_vline(x=0, line={"color": GREY, "width": 1})

@@ -41,7 +41,7 @@ def recall_by_relation(frame: pd.DataFrame) -> go.Figure:
         mode="markers",
         marker={"size": 9, "color": colours},
         showlegend=False,
-        error_x={**error_bars(rows, "share", 100), "color": GREY},
+        error_x={**error_bars(rows, "share", 100.0), "color": GREY},
         hovertemplate="%{y}: %{x:.0f}% known<extra></extra>",
         row=1,
         col=1,

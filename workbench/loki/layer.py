@@ -7,7 +7,7 @@ import warnings
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
@@ -83,7 +83,9 @@ class LokiLayer(nn.Module, BaseTunerLayer):
                 continue
             rows = self.loki_rows[name]
             if self.axis[name] == "row":
-                result = result.index_add(-1, rows, self._product(x, name).to(result.dtype))
+                change = self._product(x, name).to(result.dtype)
+                # unlike index_add, scatter_add keeps only the (expanded, so free) index for the backward pass
+                result = result.scatter_add(-1, rows.expand_as(change), change)
             else:
                 result = result + self._product(x.index_select(-1, rows), name).to(result.dtype)
         return result
@@ -189,8 +191,3 @@ def _sum(before: Tensor, delta: Tensor) -> Tensor:
     """Add in the wider dtype and round once to the base's."""
     wide = torch.promote_types(before.dtype, delta.dtype)
     return (before.to(wide) + delta.to(before.device, wide)).to(before.dtype)
-
-
-def index_of(layer: LokiLayer, adapter_name: str = "default") -> Int[Tensor, " selected"]:
-    """Return the rows (or columns) that an adapter trains in this layer, as stored in its file."""
-    return layer.loki_rows[adapter_name]

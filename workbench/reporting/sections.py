@@ -9,9 +9,9 @@ import pandas as pd
 
 from workbench import figures
 from workbench.attribution import by_layer, strongest
-from workbench.report import findings, tables
-from workbench.report.artefacts import Artefacts, has
-from workbench.report.words import number
+from workbench.reporting import findings, tables
+from workbench.reporting.artefacts import Artefacts, has
+from workbench.reporting.words import number
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def _selection(run: Artefacts) -> Section:
 
 
 def _training(run: Artefacts) -> Section:
-    targets = [t["target_efficacy"] for t in run.training.values() if t.get("target_efficacy") is not None]
+    targets = [float(t["target_efficacy"]) for t in run.training.values() if t.get("target_efficacy") is not None]
     figure = _json(figures.training_curves(run.history, targets[0] if targets else None))
     text = findings.about_training(run.training, run.history)
     panel = Panel("training", "Loss and efficacy by step", figure, text)

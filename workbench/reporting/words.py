@@ -1,44 +1,47 @@
 """Numbers, shares and lists as prose writes them."""
 
 from collections.abc import Sequence
+from typing import SupportsFloat
 
 import numpy as np
 
 
-def number(value: float, sign: bool = False) -> str:
+def number(value: SupportsFloat, sign: bool = False) -> str:
     """Write a number with three significant digits, a true minus sign and thousands separators.
 
     >>> number(-0.01234), number(12345.6), number(2.5, sign=True)
     ('−0.0123', '12,346', '+2.5')
     """
+    value = float(value)
     if not np.isfinite(value):
         return "not a number" if np.isnan(value) else "infinite"
-    sign = sign and value != 0
+    mark = "+" if sign and value != 0 else ""
+    if value != 0 and not 1e-6 <= abs(value) < 1e12:
+        return f"{value:{mark}.2e}".replace("-", "−")
     digits = 0 if value == 0 else max(0, 2 - int(np.floor(np.log10(abs(value)))))
-    text = f"{value:{'+' if sign else ''},.{min(digits, 9)}f}" if abs(value) >= 1e-6 or value == 0 else f"{value:.2e}"
-    if "." in text and "e" not in text:
-        text = text.rstrip("0").rstrip(".")
-    return text.replace("-", "−")
+    text = f"{value:{mark},.{digits}f}"
+    return (text.rstrip("0").rstrip(".") if "." in text else text).replace("-", "−")
 
 
-def tenth(value: float) -> str:
+def tenth(value: SupportsFloat) -> str:
     """Write a signed number with one decimal.
 
     >>> tenth(-9.091), tenth(0.0), tenth(18)
     ('−9.1', '0', '+18.0')
     """
-    text = f"{value:+.1f}".replace("-", "−")
+    text = f"{float(value):+.1f}".replace("-", "−")
     return "0" if text[1:] == "0.0" else text
 
 
-def percent(share: float) -> str:
+def percent(share: SupportsFloat) -> str:
     """Write a share as a whole percentage, or with one decimal where rounding would claim nothing or everything.
 
     >>> percent(0.361), percent(0.003), percent(1.0)
     ('36%', '0.3%', '100%')
     """
-    rounded = round(share * 100)
-    return f"{share * 100:.1f}%" if (rounded in (0, 100) and share not in (0.0, 1.0)) else f"{rounded}%"
+    points = float(share) * 100
+    edge = round(points) in (0, 100) and points not in (0, 100)
+    return f"{points:.1f}%" if edge else f"{round(points)}%"
 
 
 def listed(parts: Sequence[str]) -> str:

@@ -14,9 +14,9 @@ import pandas as pd
 from markupsafe import Markup
 
 from workbench.figures import plotly_source
-from workbench.report.artefacts import Artefacts, has, read_artefacts
-from workbench.report.sections import Panel, Section, sections
-from workbench.report.words import number
+from workbench.reporting.artefacts import Artefacts, has, read_artefacts
+from workbench.reporting.sections import Panel, Section, sections
+from workbench.reporting.words import number
 from workbench.results.files import write_atomically
 
 logger = logging.getLogger(__name__)

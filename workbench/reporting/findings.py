@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 
 from workbench.figures import method_name
-from workbench.report.tables import kept, paired_difference, wilson
-from workbench.report.words import listed, number, percent, tenth
+from workbench.reporting.tables import kept, paired_difference, wilson
+from workbench.reporting.words import listed, number, percent, tenth
 
 UNEQUAL = 0.05  # efficacies that lie further apart than this are said to differ
 SUITE_WORDS = {
@@ -21,7 +21,7 @@ SUITE_WORDS = {
 def about_recall(table: pd.DataFrame, new: pd.DataFrame) -> list[str]:
     """Say how many facts the model answers, where it knows most and least, and whether the new facts are new."""
     whole = table[table["relation"] == "all"].iloc[0]
-    sentences = [f"The model answers {_of(whole['known'], whole['known'] + whole['unknown'])}."]
+    sentences = [f"The model answers {_of(int(whole['known']), int(whole['known'] + whole['unknown']))}."]
     parts = table[table["relation"] != "all"].sort_values("share", kind="stable")
     if len(parts) > 1:
         least, most = parts.iloc[0], parts.iloc[-1]
@@ -30,7 +30,7 @@ def about_recall(table: pd.DataFrame, new: pd.DataFrame) -> list[str]:
             f"least ({percent(least['share'])})."
         )
     if len(new):
-        sentences.append(f"Of the new facts it answers {_of(new['known'].sum(), len(new))} before training.")
+        sentences.append(f"Of the new facts it answers {_of(int(new['known'].sum()), len(new))} before training.")
     return sentences
 
 
@@ -258,8 +258,8 @@ def about_change(facts: pd.DataFrame) -> list[str]:
     return [f"Retained facts whose answer became less likely: {listed(words)}."] if words else []
 
 
-def _of(hits: float, total: float) -> str:
-    low, high = wilson(int(hits), int(total))
+def _of(hits: int, total: int) -> str:
+    low, high = wilson(hits, total)
     share = percent(hits / total) if total else "none"
     return f"{number(hits)} of {number(total)} facts ({share}, 95% interval {low * 100:.0f} to {high * 100:.0f}%)"
 

@@ -11,7 +11,6 @@ from workbench.facts import FactSet, load_facts
 from workbench.results import load_frame, load_json, open_result
 from workbench.selection import Selection
 
-
 NO_FACTS = FactSet("none", ())
 RETAINED = "facts/retained.jsonl"
 

@@ -17,7 +17,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from workbench.figures import figure_json, plotly_source
-from workbench.report.page import csv_text, safe_json
+from workbench.reporting.page import csv_text, safe_json
 from workbench.results import save_json
 from workbench.results.files import write_atomically
 

@@ -11,6 +11,7 @@ from workbench.selection import Selection
 DRAWS = 2000
 SEED = 0
 Z95 = 1.959963984540054
+LARGEST = 700.0  # nats per token whose exponential is still a finite number; a destroyed model can lie above
 
 
 def wilson(successes: int, total: int) -> tuple[float, float]:
@@ -147,8 +148,7 @@ def forgetting_summary(forgetting: pd.DataFrame) -> pd.DataFrame:
         drawn = bootstrap(columns, weights)
         forms = [(metric, before, after, drawn)]
         if suite == "general" and metric == "nll":
-            with np.errstate(over="ignore"):  # a model that was destroyed has an infinite perplexity
-                forms.append(("perplexity", np.exp(before), np.exp(after), np.exp(drawn)))
+            forms.append(("perplexity", *(np.exp(np.minimum(value, LARGEST)) for value in (before, after, drawn))))
         for name, first, last, draws in forms:
             low, high = np.percentile(draws[:, 1] - draws[:, 0], [2.5, 97.5])
             records.append((method, suite, name, len(rows), first, last, last - first, low, high))
@@ -167,7 +167,7 @@ def kept(forgetting: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(records, columns=["method", "hits", "total", "share", "low", "high"])
 
 
-def paired_difference(forgetting: pd.DataFrame, suite: str, first: str, second: str) -> dict[str, float] | None:
+def paired_difference(forgetting: pd.DataFrame, suite: str, first: str, second: str) -> dict[str, int | float] | None:
     """Return the difference (first minus second) of the share right after, over shared facts, with a paired interval.
 
     Facts that the base model did not answer are left out of `retained` and `neighbourhood`. None without shared facts.

@@ -1,0 +1,233 @@
+"""`attribute`: against the naive loop, its own completeness, a planted answer, and the conditions of every method."""
+
+import numpy as np
+import planted
+import pytest
+import torch
+from test_engine import naive
+from tiny import FACTS, TOKENISED, random_model, tiny, tokenizer
+
+from workbench import attribution
+from workbench.attribution import METHODS, attribute, by_layer, quadrature, strongest
+from workbench.facts import FactSet
+from workbench.metrics import logprob
+from workbench.models import load_model
+from workbench.results import open_result, validate_attribution
+
+KINDS = ["gpt2", "llama", "qwen2", "gemma3_text", "opt"]
+
+
+def run(model, facts=FACTS, **options):
+    return attribute(model, facts, progress=False, **options)
+
+
+def loop(model, facts, unit, steps, scope="last"):
+    """Integrated gradients by one hooked forward and backward per fact, layer and step."""
+    scores = np.zeros((len(facts), model.n_layers, model.width(unit)))
+    for row, fact in enumerate(facts.tokenise(model.tokenizer)):
+        for layer in range(model.n_layers):
+            last = len(fact.prompt_ids) - 1
+            seen = []
+            with model.patched(unit, {layer: lambda value, seen=seen: seen.append(value) or value}):
+                model.logits(torch.tensor([fact.ids[:-1]]))
+            moved = slice(last if scope == "last" else 0, last + 1)
+            for k in range(steps):
+                _, gradient = naive(model, fact, unit, layer, (k + 0.5) / steps, scope, logprob)
+                scores[row, layer] += (seen[0][0, moved] * gradient / steps).sum(0).numpy()
+    return scores
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("unit", ["node", "neuron"])
+def test_ig_equals_the_naive_loop(kind: str, unit: str) -> None:
+    model = tiny(kind)
+    ds = run(model, unit=unit, steps=3)
+    validate_attribution(ds)
+    expected = loop(model, FACTS, unit, 3)
+    gap = np.abs(ds["score"].values - expected).max(axis=(1, 2)) / np.abs(expected).max(axis=(1, 2))
+    assert gap.max() <= 1e-5  # measured: 2e-6
+    shifted = loop(model, FACTS, unit, 4)  # negative control: another number of steps is another number
+    assert np.abs(ds["score"].values - shifted).max() > 1e-4 * np.abs(expected).max()
+
+
+def test_ig_over_all_positions_equals_the_naive_loop() -> None:
+    expected = loop(tiny("gemma3_text"), FACTS, "node", 2, "all")
+    ours = run(tiny("gemma3_text"), steps=2, scope="all")["score"].values
+    np.testing.assert_allclose(ours, expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_batch_padding_and_order_change_nothing(method: str, kind: str) -> None:
+    model = tiny(kind)
+    together = run(model, method=method, unit="neuron")
+    alone = run(model, method=method, unit="neuron", batch_size=1)
+    backwards = run(model, FactSet("backwards", FACTS.facts[::-1]), method=method, unit="neuron", batch_size=3)
+    scale = np.abs(together["score"].values).max()
+    for other in (alone, backwards.sel(fact=together["fact"])):
+        np.testing.assert_allclose(other["score"], together["score"], rtol=0, atol=1e-6 * scale)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("unit", ["node", "neuron"])
+def test_every_result_says_what_it_is_and_its_gap_is_the_completeness_error(method: str, unit: str) -> None:
+    model = tiny("llama")
+    ds = run(model, method=method, unit=unit)
+    assert (ds.attrs["method"], ds.attrs["unit"], ds.attrs["model_digest"]) == (method, unit, model.digest)
+    assert ds.attrs["fact_digest"] == FACTS.digest
+    effect = (ds["score"].sum("unit") + ds["gap"]).values
+    for row, fact in enumerate(FACTS.tokenise(model.tokenizer)):
+        ids, target = torch.tensor([fact.ids[:-1]]), torch.tensor([fact.answer_ids])
+        start = len(fact.prompt_ids) - 1
+        clean = logprob(model.logits(ids)[:, start:], target).sum()
+        assert ds["target_prob"].values[row] == pytest.approx(float(clean.exp()), rel=1e-4)
+        for layer in range(model.n_layers):
+
+            def zero(value, start=start):
+                value = value.clone()
+                value[:, start] = 0
+                return value
+
+            with model.patched(unit, {layer: zero}):
+                zeroed = logprob(model.logits(ids)[:, start:], target).sum()
+            assert effect[row, layer] == pytest.approx(float(clean - zeroed), abs=1e-4)
+
+
+def test_more_steps_close_the_gap() -> None:
+    gaps = [float(np.abs(run(tiny("llama"), steps=steps)["gap"]).mean()) for steps in (1, 4, 64)]
+    assert gaps[0] > gaps[1] > gaps[2]
+    assert gaps[2] < 0.05 * gaps[0]
+
+
+@pytest.mark.parametrize("rule", ["midpoint", "left", "right", "trapezoid"])
+def test_quadrature_weights_sum_to_one_and_integrate(rule: str) -> None:
+    points, weights = quadrature(rule, 1000)
+    assert sum(weights) == pytest.approx(1)
+    assert sum(w * p**2 for p, w in zip(points, weights, strict=True)) == pytest.approx(1 / 3, abs=1e-3)
+
+
+def test_blank_baseline_and_predicted_target() -> None:
+    model = tiny("llama")
+    ds = run(model, baseline="blank", target="predicted", steps=64)
+    fact = FACTS.tokenise(model.tokenizer)[0]
+    logits = model.logits(torch.tensor([fact.prompt_ids]))[0, -1]
+    assert ds["target_prob"].values[0] == pytest.approx(float(logits.softmax(-1).max()), rel=1e-4)
+    blank = []
+    with model.patched("node", {0: lambda value: blank.append(value[0, -1]) or value}):
+        model.logits(torch.zeros(1, len(fact.prompt_ids), dtype=torch.long))
+
+    def put(value):
+        value = value.clone()
+        value[:, -1] = blank[0]
+        return value
+
+    with model.patched("node", {0: put}):
+        moved = model.logits(torch.tensor([fact.prompt_ids]))[0, -1]
+    effect = logits.log_softmax(-1).max() - moved.log_softmax(-1)[logits.argmax()]
+    assert float(ds["score"][0, 0].sum() + ds["gap"][0, 0]) == pytest.approx(float(effect), abs=1e-4)
+
+
+def test_streamed_resumed_and_in_memory_are_the_same(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    expected = run(model, batch_size=2)["score"].values
+    original, calls = attribution.score_batch, []
+
+    def killed(*args):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(attribution, "score_batch", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, batch_size=2, out=tmp_path / "a.zarr")
+    monkeypatch.undo()
+    assert 0 < open_result(tmp_path / "a.zarr", partial=True).sizes["fact"] < len(FACTS)
+    resumed = run(model, batch_size=2, out=tmp_path / "a.zarr")
+    np.testing.assert_array_equal(resumed["score"].values, expected)
+    monkeypatch.setattr(attribution, "score_batch", lambda *args: pytest.fail("done before"))
+    np.testing.assert_array_equal(run(model, out=tmp_path / "a.zarr")["score"].values, expected)
+    with pytest.raises(ValueError, match="steps"):
+        run(model, steps=5, out=tmp_path / "a.zarr")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "magic"}, "method must be one of ig, grad_x_act"),
+        ({"unit": "head"}, "unit must be"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"rule": "simpson"}, "rule must be one of"),
+        ({"rule": "trapezoid", "steps": 1}, "at least 2 steps"),
+        ({"objective": "loss"}, "objective must be one of"),
+        ({"scope": "first"}, "scope must be one of"),
+        ({"baseline": "mean"}, "baseline must be one of"),
+        ({"target": "silver"}, "target must be one of"),
+        ({"method": "grad_x_act", "steps": 3}, "one step"),
+        ({"batch_size": 0}, "batch_size"),
+    ],
+)
+def test_unknown_options_are_refused_before_any_work(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(tiny("llama"), **options)
+
+
+def test_a_fact_longer_than_the_context_is_refused_by_id() -> None:
+    long = FactSet.from_records([{"id": "long", "prompt": "one " * 70 + "is", "answer": "two"}])
+    with pytest.raises(ValueError, match="'long' is 72 tokens long"):
+        run(tiny("llama"), long)
+
+
+def test_weights_that_make_scores_nan_do_not_become_results() -> None:
+    model = load_model(random_model("llama"), tokenizer=tokenizer())
+    model.hf.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"engine|finite"):
+        run(model)
+
+
+def test_planted_neurons_are_found_exactly_and_nothing_without_them() -> None:
+    facts = planted.facts()
+    found = {}
+    ds = run(planted.model(), facts, unit="neuron", steps=8)
+    for fact in ds["fact"].values:
+        found[str(fact)] = {tuple(map(int, at)) for at in np.argwhere(ds["score"].sel(fact=fact).values > 1e-6)}
+        assert (ds["score"].sel(fact=fact).values >= -1e-6).sum() == 2 * planted.D_MLP
+    expected = {subject: {at} for at, stored in planted.PLANTED.items() for subject, _ in stored}
+    assert found == expected
+    top = strongest(ds, facts, top=1).set_index("fact")
+    assert {f: (row.layer, row.unit) for f, row in top.iterrows()} == {f: next(iter(at)) for f, at in expected.items()}
+    gone = run(planted.model(without=[(0, 7)]), facts, unit="neuron", steps=8)
+    assert not gone["score"].sel(fact="France").values.any()
+    assert gone["score"].sel(fact="Japan").values.any()
+
+
+def test_summary_by_layer_is_the_mean_over_facts_and_units() -> None:
+    ds = run(tiny("gpt2"))
+    frame = by_layer(ds)
+    everything = frame[frame["relation"] == "all"].set_index("layer")
+    assert everything["mean_abs"].to_numpy() == pytest.approx(np.abs(ds["score"].values).mean((0, 2)))
+    assert ((everything["low"] <= everything["mean_abs"]) & (everything["mean_abs"] <= everything["high"])).all()
+    capital = frame[frame["relation"] == "capital"].set_index("layer")
+    rows = ds["relation"].values == "capital"
+    assert capital["mean_abs"].to_numpy() == pytest.approx(np.abs(ds["score"].values[rows]).mean((0, 2)))
+
+
+@pytest.mark.real
+def test_three_real_facts_equal_the_naive_loop() -> None:
+    model = load_model("smollm2-135m")
+    facts = FactSet.from_records(
+        [
+            {"prompt": "The capital of France is", "answer": "Paris"},
+            {"prompt": "The chemical symbol for gold is", "answer": "Au"},
+            {"prompt": "The author of Romeo and Juliet is", "answer": "William Shakespeare"},
+        ]
+    )
+    ours = run(model, facts, steps=1)["score"].values
+    expected = loop(model, facts, "node", 1)
+    gap = np.abs(ours - expected).max(axis=(1, 2)) / np.abs(expected).max(axis=(1, 2))
+    assert gap.max() <= 1e-5, gap
+
+
+def test_tokenised_examples_cover_answers_of_several_tokens() -> None:
+    assert sorted(len(fact.answer_ids) for fact in TOKENISED) == [1, 2, 3]
+    assert {len(fact.answer_ids) for fact in FACTS.tokenise(tokenizer())} == {1, 2, 3}

@@ -1,0 +1,143 @@
+"""The one-pass engine against a naive loop: one hooked forward and backward per fact, layer and step."""
+
+import pytest
+import torch
+from tiny import ARCHITECTURES, TOKENISED, random_model, tiny, tokenizer
+
+from workbench import engine
+from workbench.engine import check_engine, clean_gradients, make_batch, run_clean, run_queries
+from workbench.metrics import OBJECTIVES, logprob
+from workbench.models import load_model
+
+ALPHAS = (0.25, 0.75)
+
+
+def naive(model, fact, unit, layer, alpha, scope, objective):
+    """F and its gradient with the activations of one layer scaled, by plain torch hooks on the unpadded text."""
+    ids = torch.tensor([fact.prompt_ids + fact.answer_ids[:-1]])
+    last = len(fact.prompt_ids) - 1
+    moved = slice(last if scope == "last" else 0, last + 1)
+    leaf = []
+
+    def scale(value):
+        value = value.reshape(1, ids.shape[1], -1)
+        leaf.append((alpha * value[:, moved]).detach().requires_grad_())
+        return torch.cat([value[:, : moved.start], leaf[0], value[:, moved.stop :]], 1)
+
+    module = model.hf.get_submodule(model.down_names[layer])
+    if unit == "node":
+        handle = module.register_forward_hook(lambda m, args, out: scale(out).reshape(out.shape))
+    else:
+        handle = module.register_forward_pre_hook(lambda m, args: (scale(args[0]).reshape(args[0].shape),))
+    try:
+        logits = model.hf(ids, use_cache=False).logits[:, last:]
+    finally:
+        handle.remove()
+    value = objective(logits, torch.tensor([fact.answer_ids])).sum()
+    return value.item(), torch.autograd.grad(value, leaf[0])[0][0]
+
+
+def compare(model, facts, unit, scope, objective=logprob):
+    """Largest differences of values and of gradients (relative to the fact's largest) between engine and loop."""
+    batch = make_batch(facts, model.device, scope)
+    clean = run_clean(model, batch, unit)
+    alpha = torch.tensor(ALPHAS)[None, :, None, None]
+    points = {layer: (alpha * clean.activation[layer][:, None]).requires_grad_() for layer in range(model.n_layers)}
+    values = run_queries(model, clean, unit, points, objective)
+    gradients = torch.autograd.grad(values.sum(), list(points.values()))
+    worst_value = worst_gradient = 0.0
+    for row, fact in enumerate(facts):
+        loop = {(l, k): naive(model, fact, unit, l, a, scope, objective)
+                for l in range(model.n_layers) for k, a in enumerate(ALPHAS)}  # fmt: skip
+        largest = max(float(g.abs().max()) for _, g in loop.values())
+        for (layer, step), (value, gradient) in loop.items():
+            ours = gradients[layer][row, step][-len(gradient) :]
+            worst_value = max(worst_value, abs(values[row, layer * 2 + step].item() - value) / max(1, abs(value)))
+            worst_gradient = max(worst_gradient, float((ours - gradient).abs().max()) / largest)
+    return worst_value, worst_gradient
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("unit", ["node", "neuron"])
+def test_queries_equal_the_naive_loop_with_and_without_padding(kind: str, unit: str) -> None:
+    for facts in (TOKENISED, TOKENISED[:1]):
+        value, gradient = compare(tiny(kind), facts, unit, "last")
+        assert value <= 1e-5  # measured: at most 4e-7
+        assert gradient <= 1e-5  # measured: at most 3e-6
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "mistral", "gemma3_text"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_all_positions_and_every_objective_equal_the_naive_loop(kind: str, objective: str) -> None:
+    value, gradient = compare(tiny(kind), TOKENISED, "node", "all", OBJECTIVES[objective])
+    assert value <= 1e-5
+    assert gradient <= 1e-5
+
+
+def test_the_comparison_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: queries that see each other, and a window that is forgotten, are noticed."""
+    model = tiny("mistral")
+    original = engine._QueryCalls.__init__
+
+    def blind(self, *args):
+        original(self, *args)
+        self.own = torch.ones_like(self.own)
+
+    monkeypatch.setattr(engine._QueryCalls, "__init__", blind)
+    assert compare(model, TOKENISED, "node", "last")[1] > 1e-2
+    monkeypatch.undo()
+    monkeypatch.setattr(engine._QueryCalls, "_mask", lambda self, value, old=engine._QueryCalls._mask: old(self, None))
+    assert compare(model, TOKENISED, "node", "last")[1] > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "opt"])
+def test_chunks_of_any_layers_give_the_same_values(kind: str) -> None:
+    model = tiny(kind)
+    clean = run_clean(model, make_batch(TOKENISED, model.device), "node")
+    points = {layer: 0.5 * clean.activation[layer][:, None] for layer in range(model.n_layers)}
+    together = run_queries(model, clean, "node", points, logprob)
+    for layer, point in points.items():
+        alone = run_queries(model, clean, "node", {layer: point}, logprob)
+        torch.testing.assert_close(alone[:, 0], together[:, layer], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen3", "opt"])
+def test_gradients_of_the_clean_run_equal_the_loop_at_the_end_of_the_path(kind: str) -> None:
+    model = tiny(kind)
+    gradients = clean_gradients(model, make_batch(TOKENISED, model.device), "neuron", logprob)
+    for row, fact in enumerate(TOKENISED):
+        for layer in range(model.n_layers):
+            _, expected = naive(model, fact, "neuron", layer, 1.0, "last", logprob)
+            torch.testing.assert_close(gradients[layer, row], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_reading_leaves_no_trace() -> None:
+    model = load_model(random_model("llama"), tokenizer=tokenizer())
+    ids = torch.tensor([[4, 5, 6]])
+    before = model.logits(ids)
+    check_engine(model)
+    assert torch.equal(model.logits(ids), before)
+    assert not any("forward" in module.__dict__ for module in model.hf.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.hf.modules())
+
+
+def test_an_architecture_that_the_engine_does_not_reproduce_is_refused_by_name() -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        "gpt_neo", vocab_size=48, hidden_size=32, num_layers=2, num_heads=4, window_size=3,
+        attention_types=[[["global", "local"], 1]], max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = load_model(AutoModelForCausalLM.from_config(config).eval(), tokenizer=tokenizer())
+    with pytest.raises(ValueError, match=r"GPTNeoForCausalLM.*engine"):
+        check_engine(model)
+
+
+def test_engine_check_passes_where_the_loop_agrees_and_notices_a_broken_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in ARCHITECTURES:
+        check_engine(tiny(kind))
+    monkeypatch.setattr(engine, "logprob", OBJECTIVES["logit"])
+    monkeypatch.setattr(engine, "_hooked_gradient", lambda model, fact, layer: (0.0, torch.zeros(1, model.d_model)))
+    with pytest.raises(ValueError, match="engine and plain hooks differ"):
+        check_engine(load_model(random_model("llama", seed=3), tokenizer=tokenizer()))

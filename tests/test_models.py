@@ -1,0 +1,147 @@
+"""`HookedModel`: its promises, checked against plain transformers, and what it refuses."""
+
+import copy
+
+import pytest
+import torch
+from tiny import ARCHITECTURES, random_model, saved, tiny, tokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from workbench.models import hooked, load_model, pad_batch
+
+IDS = torch.tensor([[4, 5, 6, 7, 8], [9, 10, 11, 12, 13]])
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_widths_come_from_tensors_and_logits_equal_plain_transformers(kind: str) -> None:
+    plain = random_model(kind)
+    model = load_model(plain, tokenizer=tokenizer())
+    d_mlp = 128 if kind in ("gpt2", "bloom") else 40
+    assert (model.n_layers, model.d_model, model.d_mlp, model.d_vocab) == (3, 32, d_mlp, plain.config.vocab_size)
+    with torch.no_grad():
+        expected = plain(IDS).logits
+    torch.testing.assert_close(model.logits(IDS), expected, rtol=0, atol=0)
+    bridged = model.bridge(IDS, prepend_bos=False)
+    assert (bridged - expected).abs().max() <= 2e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_on_either_side_changes_no_logits(kind: str, side: str) -> None:
+    model = tiny(kind)
+    rows = [[4, 5, 6, 7, 8, 9], [10, 11, 12]]
+    ids, mask = pad_batch(rows, side=side)
+    padded = model.logits(ids, mask)
+    for row, sequence in enumerate(rows):
+        alone = model.logits(torch.tensor([sequence]))[0]
+        torch.testing.assert_close(padded[row][mask[row].bool()], alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gemma3_text", "opt"])
+def test_bridge_sees_the_same_units_under_the_fields_names(kind: str) -> None:
+    model = tiny(kind)
+    for unit, name in (("node", "hook_out"), ("neuron", "hook_in")):
+        seen = {}
+
+        def keep(value: torch.Tensor, seen: dict = seen) -> torch.Tensor:
+            seen["ours"] = value.detach().clone()
+            return value
+
+        with model.patched(unit, {1: keep}):
+            model.logits(IDS)
+        hook = f"blocks.1.mlp.out.{name}"
+        _, cache = model.bridge.run_with_cache(IDS, prepend_bos=False, names_filter=[hook])
+        torch.testing.assert_close(cache[hook].reshape(seen["ours"].shape), seen["ours"], rtol=1e-4, atol=1e-5)
+
+
+def test_what_the_user_gave_is_left_untouched() -> None:
+    plain = random_model("llama").train()
+    names, flags = [n for n, _ in plain.named_modules()], [p.requires_grad for p in plain.parameters()]
+    weights = {n: w.clone() for n, w in plain.state_dict().items()}
+    model = load_model(plain, tokenizer=tokenizer(), dtype="bfloat16")
+    with model.patched("node", {0: torch.zeros_like}):
+        model.logits(IDS)
+    assert [n for n, _ in plain.named_modules()] == names
+    assert [p.requires_grad for p in plain.parameters()] == flags
+    assert plain.training
+    assert all(torch.equal(weights[n], w) for n, w in plain.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in plain.modules())
+    shared = load_model(plain, tokenizer=tokenizer())
+    assert shared.W_E.data_ptr() == plain.get_input_embeddings().weight.data_ptr()
+
+
+def test_no_hook_outlives_its_with_also_after_an_error() -> None:
+    model = tiny("opt")
+    before = model.logits(IDS)
+    with pytest.raises(RuntimeError, match="stop"), model.patched("neuron", {0: torch.zeros_like}):
+        changed = model.logits(IDS)
+        raise RuntimeError("stop")
+    assert not torch.equal(changed, before)
+    assert torch.equal(model.logits(IDS), before)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.hf.modules())
+
+
+def test_residual_stream_is_that_of_hidden_states() -> None:
+    model = tiny("llama")
+    positions = torch.tensor([2, 4])
+    ours = model.resid_post(IDS, None, positions)
+    with torch.no_grad():
+        states = model.hf(IDS, output_hidden_states=True).hidden_states
+    for layer in range(model.n_layers - 1):  # the last of hidden_states is after the final norm
+        torch.testing.assert_close(ours[layer], states[layer + 1][torch.arange(2), positions])
+    final = model.hf.lm_head(model.hf.model.norm(ours[-1]))
+    torch.testing.assert_close(final, model.logits(IDS)[torch.arange(2), positions])
+
+
+def test_digest_follows_the_weights_and_nothing_else() -> None:
+    first, second = random_model("gpt2"), random_model("gpt2")
+    digest = load_model(first, tokenizer=tokenizer()).digest
+    assert load_model(second, tokenizer=tokenizer()).digest == digest
+    with torch.no_grad():
+        second.transformer.h[2].mlp.c_proj.weight[0, 0] += 1e-3
+    assert load_model(second, tokenizer=tokenizer()).digest != digest
+
+
+def test_folder_opens_and_says_where_it_was(tmp_path) -> None:
+    model = load_model(str(saved(tmp_path)))
+    assert model.path == tmp_path
+    assert model.digest == tiny("llama").digest
+
+
+def test_encoder_and_others_are_refused_by_name() -> None:
+    small = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    bert = AutoModelForCausalLM.from_config(AutoConfig.for_model("bert", **small, intermediate_size=16))
+    with pytest.raises(ValueError, match="BertLMHeadModel.*later tokens change earlier ones"):
+        load_model(bert, tokenizer=tokenizer())
+    t5 = AutoModelForSeq2SeqLM.from_config(
+        AutoConfig.for_model("t5", vocab_size=40, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    )
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration, an encoder-decoder"):
+        load_model(t5, tokenizer=tokenizer())
+    mixtral = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("mixtral", **small, intermediate_size=16, num_local_experts=2, num_key_value_heads=2)
+    )
+    with pytest.raises(ValueError, match="mixture of 2 experts"):
+        load_model(mixtral, tokenizer=tokenizer())
+    headless = AutoModel.from_config(AutoConfig.for_model("gpt2", **ARCHITECTURES["gpt2"]))
+    with pytest.raises(ValueError, match="no language-model head"):
+        load_model(headless, tokenizer=tokenizer())
+    with pytest.raises(ValueError, match="needs its tokenizer"):
+        load_model(random_model("gpt2"))
+
+
+def test_weights_that_are_not_finite_are_refused_by_name() -> None:
+    model = random_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight has NaN"):
+        load_model(model, tokenizer=tokenizer())
+
+
+def test_broken_promises_are_found() -> None:
+    model = copy.copy(tiny("llama"))
+    object.__setattr__(model, "bridge", tiny("qwen2").bridge)
+    with pytest.raises(ValueError, match="bridge and plain transformers differ"):
+        hooked.check_promises(model)
+    with pytest.raises(ValueError, match='unit must be "node"'):
+        model.width("attention")
