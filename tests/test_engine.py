@@ -47,8 +47,11 @@ def compare(model, facts, unit, scope, objective=logprob):
     gradients = torch.autograd.grad(values.sum(), list(points.values()))
     worst_value = worst_gradient = 0.0
     for row, fact in enumerate(facts):
-        loop = {(l, k): naive(model, fact, unit, l, a, scope, objective)
-                for l in range(model.n_layers) for k, a in enumerate(ALPHAS)}  # fmt: skip
+        loop = {
+            (layer, k): naive(model, fact, unit, layer, alpha, scope, objective)
+            for layer in range(model.n_layers)
+            for k, alpha in enumerate(ALPHAS)
+        }
         largest = max(float(g.abs().max()) for _, g in loop.values())
         for (layer, step), (value, gradient) in loop.items():
             ours = gradients[layer][row, step][-len(gradient) :]

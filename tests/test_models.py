@@ -111,7 +111,7 @@ def test_folder_opens_and_says_where_it_was(tmp_path) -> None:
 def test_encoder_and_others_are_refused_by_name() -> None:
     small = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     bert = AutoModelForCausalLM.from_config(AutoConfig.for_model("bert", **small, intermediate_size=16))
-    with pytest.raises(ValueError, match="BertLMHeadModel.*later tokens change earlier ones"):
+    with pytest.raises(ValueError, match=r"BertLMHeadModel.*later tokens change earlier ones"):
         load_model(bert, tokenizer=tokenizer())
     t5 = AutoModelForSeq2SeqLM.from_config(
         AutoConfig.for_model("t5", vocab_size=40, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)

@@ -11,8 +11,9 @@ from workbench.facts import FactSet, TokenisedFact
 from workbench.models import HookedModel, load_model
 
 WORDS = (
-    "<pad> <s> </s> <unk> the capital of France is Paris Japan Tokyo Kenya Nairobi gold symbol Au in a city big small "
-    "opposite hot cold red blue sky grass green Italy Rome Spain Madrid one two three four five six seven eight"
+    "<pad> <s> </s> <unk> the capital of France is Paris Japan Tokyo Kenya Nairobi gold symbol Au in a "
+    "city big small opposite hot cold red blue sky grass green Italy Rome Spain Madrid one two three four "
+    "five six seven eight "
 ).split()
 
 _COMMON: dict[str, Any] = {
@@ -107,7 +108,8 @@ TOKENISED = (
 FACTS = FactSet.from_records(
     [
         {"id": "france", "relation": "capital", "prompt": "the capital of France is", "answer": "Paris",
-         "paraphrases": ["France capital is"], "neighbours": [{"prompt": "the capital of Spain is", "answer": "Madrid"}]},
+         "paraphrases": ["France capital is"],
+         "neighbours": [{"prompt": "the capital of Spain is", "answer": "Madrid"}]},
         {"id": "japan", "relation": "capital", "prompt": "the capital of Japan is", "answer": "Tokyo",
          "paraphrases": ["Japan capital is"]},
         {"id": "kenya", "relation": "capital", "prompt": "the capital of Kenya is", "answer": "Nairobi"},

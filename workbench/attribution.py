@@ -5,9 +5,9 @@ A method is one function and one line in `METHODS`. Formulas: integrated gradien
 """
 
 import logging
+import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -18,23 +18,19 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from workbench.engine import Batch, Clean, check_engine, clean_gradients, make_batch, run_clean, run_queries
+from workbench.engine import Batch, Clean, check_engine, clean_gradients, make_batch, run_clean
 from workbench.facts import FactSet, TokenisedFact
-from workbench.metrics import OBJECTIVES, Objective, logprob
+from workbench.metrics import OBJECTIVES, logprob
 from workbench.models import HookedModel, check_unit
+from workbench.path import FIRST_POINTS, ROWS_PER_PASS, RULES, Path, adaptive_integral, integral, quadrature
 from workbench.results import open_store
 
 log = logging.getLogger(__name__)
 
-#: Token rows of queries in one pass: enough for full matrix products, small enough for the processor's caches.
-ROWS_PER_PASS = 840
-#: Steps of `ig` where the user names none.
-DEFAULT_STEPS = 8
-
 
 @dataclass(frozen=True)
 class Settings:
-    """What defines a score; written into every result."""
+    """What defines a score; written into every result. `steps` is 0 where the rule is adaptive."""
 
     method: str
     unit: str
@@ -44,98 +40,40 @@ class Settings:
     scope: str
     objective: str
     target: str
+    tolerance: float
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One batch of facts to be scored."""
+    """One batch of facts to be scored: the path of every layer, and the objective with each layer at its baseline."""
 
-    model: HookedModel
-    clean: Clean
-    baseline: Float[Tensor, "layer batch moved width"]
+    path: Path
+    start: Float[Tensor, "batch layer"]
     settings: Settings
-
-    @property
-    def objective(self) -> Objective:
-        """The function that is differentiated."""
-        return OBJECTIVES[self.settings.objective]
-
-    @property
-    def difference(self) -> Float[Tensor, "layer batch moved width"]:
-        """Clean activation minus baseline."""
-        return self.clean.activation - self.baseline
-
-    @property
-    def effect(self) -> Float[Tensor, "batch layer"]:
-        """F(clean) - F(one layer at its baseline): what the scores of a layer should sum to."""
-        batch = self.clean.batch
-        value = (self.objective(self.clean.logits, batch.target) * batch.weight).sum(-1)
-        columns = []
-        with torch.no_grad():
-            for chunk in chunked([(layer, 0) for layer in range(self.model.n_layers)], self.variants_per_pass):
-                points = {layer: self.baseline[layer][:, None] for layer, _ in chunk}
-                columns.append(run_queries(self.model, self.clean, self.settings.unit, points, self.objective))
-        return value[:, None] - torch.cat(columns, 1)
-
-    @property
-    def variants_per_pass(self) -> int:
-        """How many (layer, step) variants of every fact of the batch fit one pass."""
-        return max(1, ROWS_PER_PASS // (len(self.clean.batch.ids) * self.clean.batch.tail))
 
 
 Method = Callable[[Problem], Float[Tensor, "batch layer width"]]
 
 
 def integrated_gradients(problem: Problem) -> Float[Tensor, "batch layer width"]:
-    """`(a_j - a'_j) * integral_0^1 dF(a' + alpha (a - a'))/da_j dalpha`, by a quadrature rule."""
-    alphas, weights = quadrature(problem.settings.rule, problem.settings.steps)
-    model, clean = problem.model, problem.clean
-    total = torch.zeros_like(clean.activation, dtype=torch.float32)
-    variants = [(layer, step) for layer in range(model.n_layers) for step in range(len(alphas))]
-    for chunk in chunked(variants, problem.variants_per_pass):
-        points = {}
-        for layer in dict.fromkeys(layer for layer, _ in chunk):
-            alpha = torch.tensor([alphas[step] for at, step in chunk if at == layer], device=model.device)
-            alpha = alpha[None, :, None, None].to(model.dtype)
-            path = problem.baseline[layer][:, None] + alpha * problem.difference[layer][:, None]
-            points[layer] = path.requires_grad_()
-        values = run_queries(model, clean, problem.settings.unit, points, problem.objective)
-        gradients = torch.autograd.grad(values.sum(), list(points.values()))
-        for layer, gradient in zip(points, gradients, strict=True):
-            weight = torch.tensor([weights[step] for at, step in chunk if at == layer], device=model.device)
-            total[layer] += torch.einsum("bsmw,s->bmw", gradient.float(), weight)
-    return torch.einsum("lbmw,lbmw->blw", total, problem.difference.float())
+    """`(a_j - a'_j) * integral_0^1 dF(a' + alpha (a - a'))/da_j dalpha`, by a fixed rule or to a tolerance."""
+    settings, path = problem.settings, problem.path
+    if settings.steps:
+        gradient = integral(path, settings.rule, settings.steps)
+    else:
+        gradient = adaptive_integral(path, problem.start, settings.tolerance)
+    return torch.einsum("lbmw,lbmw->blw", gradient, path.difference.float())
 
 
 def gradient_x_activation(problem: Problem) -> Float[Tensor, "batch layer width"]:
     """`(a_j - a'_j) * dF(a)/da_j`: the first-order effect, one backward pass for all layers."""
-    gradient = clean_gradients(problem.model, problem.clean.batch, problem.settings.unit, problem.objective)
-    return torch.einsum("lbmw,lbmw->blw", gradient.float(), problem.difference.float())
+    path = problem.path
+    gradient = clean_gradients(path.model, path.clean.batch, path.unit, path.objective)
+    return torch.einsum("lbmw,lbmw->blw", gradient.float(), path.difference.float())
 
 
 #: Every method, by the name that users give.
 METHODS: dict[str, Method] = {"ig": integrated_gradients, "grad_x_act": gradient_x_activation}
-
-
-def quadrature(rule: str, steps: int) -> tuple[list[float], list[float]]:
-    """Points on [0, 1] and their weights, which sum to 1.
-
-    >>> quadrature("midpoint", 2)
-    ([0.25, 0.75], [0.5, 0.5])
-    >>> quadrature("trapezoid", 3)
-    ([0.0, 0.5, 1.0], [0.25, 0.5, 0.25])
-    """
-    if rule == "trapezoid":
-        if steps < 2:
-            raise ValueError('rule="trapezoid" needs at least 2 steps.')
-        ends = [0.5 if k in (0, steps - 1) else 1.0 for k in range(steps)]
-        return [k / (steps - 1) for k in range(steps)], [end / (steps - 1) for end in ends]
-    offset = RULES[rule]
-    return [(k + offset) / steps for k in range(steps)], [1 / steps] * steps
-
-
-#: Riemann sums: where in its interval each point lies. The trapezoid is not one of them.
-RULES: dict[str, float] = {"midpoint": 0.5, "left": 0.0, "right": 1.0}
 
 
 def attribute(
@@ -150,8 +88,9 @@ def attribute(
     scope: str = "last",
     objective: str = "logprob",
     target: str = "gold",
+    tolerance: float = 0.05,
     batch_size: int | str = "auto",
-    out: str | Path | None = None,
+    out: str | pathlib.Path | None = None,
     resume: bool = True,
     progress: bool = True,
 ) -> xr.Dataset:
@@ -162,13 +101,15 @@ def attribute(
         facts: what to attribute; an answer of several tokens is teacher-forced and the objective sums over its tokens.
         method: `"ig"` (integrated gradients) or `"grad_x_act"` (gradient times activation).
         unit: `"node"` (outputs of the down-projection, d_model per layer) or `"neuron"` (its inputs, d_mlp per layer).
-        steps: points of the quadrature; None is 8 for `ig`. `grad_x_act` has one.
-        rule: quadrature rule of `ig`: midpoint, left, right or trapezoid.
+        steps: points of the quadrature of `ig`; None refines every layer until its completeness gap is within
+            `tolerance` (see `workbench.path.adaptive_integral`). `grad_x_act` has one.
+        rule: quadrature rule of `ig` at a fixed number of steps: midpoint, left, right or trapezoid.
         baseline: `"zero"`, or `"blank"`: the activations of the same prompt with every token id replaced by 0.
         scope: `"last"` moves the activations at the last prompt token; `"all"` those of every prompt token, and the
             score of a unit is its sum over them.
         objective: logprob (nats), prob, logit or margin (logit of the answer minus the best other).
         target: `"gold"` (the fact's answer) or `"predicted"` (the model's own next token).
+        tolerance: of the adaptive rule: the gap, as a share of the layer's effect.
         batch_size: facts per pass; `"auto"` fills passes of a fixed number of token rows.
         out: a zarr folder to stream to; None keeps the result in memory.
         resume: go on where an earlier call with the same settings stopped.
@@ -181,14 +122,13 @@ def attribute(
     Raises:
         ValueError: an unknown option, a fact that does not fit the model, or a result at `out` with other settings.
     """
-    settings = checked_settings(method, unit, steps, rule, baseline, scope, objective, target)
+    settings = checked_settings(method, unit, steps, rule, baseline, scope, objective, target, tolerance)
     if batch_size != "auto" and not (isinstance(batch_size, int) and batch_size > 0):
         raise ValueError(f'batch_size must be "auto" or a positive number, not {batch_size!r}.')
     tokenised = facts.tokenise(model.tokenizer, max_tokens=model.max_tokens)
     if settings.target == "predicted":
         tokenised = [replace(fact, answer_ids=(0,)) for fact in tokenised]
-    if settings.method != "grad_x_act" or progress:
-        check_engine(model)
+    check_engine(model)
     attrs = asdict(settings) | {"model_digest": model.digest, "fact_digest": facts.digest}
     notes = {"model": model.name, "facts": facts.name, "dtype": str(model.dtype).removeprefix("torch.")}
     with open_store(
@@ -219,9 +159,11 @@ def score_batch(
         last = clean.logits[:, -1:].argmax(-1)
         batch = replace(batch, target=torch.cat([batch.target[:, :-1], last], 1))
         clean = replace(clean, batch=batch)
-    problem = Problem(model, clean, baseline_of(model, batch, clean, settings), settings)
+    baseline = baseline_of(model, batch, clean, settings)
+    path = Path(model, clean, baseline, settings.unit, OBJECTIVES[settings.objective])
+    problem = Problem(path, path.start(), settings)
     score = METHODS[settings.method](problem)
-    gap = problem.effect - score.sum(-1)
+    gap = path.end()[:, None] - problem.start - score.sum(-1)
     target_prob = (logprob(clean.logits, batch.target) * batch.weight).sum(-1).exp()
     return score.cpu().numpy(), gap.float().cpu().numpy(), target_prob.cpu().numpy()
 
@@ -236,7 +178,15 @@ def baseline_of(
 
 
 def checked_settings(
-    method: str, unit: str, steps: int | None, rule: str, baseline: str, scope: str, objective: str, target: str
+    method: str,
+    unit: str,
+    steps: int | None,
+    rule: str,
+    baseline: str,
+    scope: str,
+    objective: str,
+    target: str,
+    tolerance: float = 0.05,
 ) -> Settings:
     """The settings, or one sentence about the first that is unknown."""
     choices: dict[str, tuple[str, Sequence[str]]] = {
@@ -257,10 +207,13 @@ def checked_settings(
         if steps not in (None, 1):
             raise ValueError("grad_x_act has one step; use method='ig' for more.")
         steps = 1
-    steps = steps or DEFAULT_STEPS
-    if method == "ig":
+    if steps is None and rule != "midpoint":
+        raise ValueError(f"rule={rule!r} needs steps=; without steps the rule is an adaptive midpoint.")
+    if steps is not None and method == "ig":
         quadrature(rule, steps)
-    return Settings(method, unit, steps, rule, baseline, scope, objective, target)
+    if not 0 < tolerance < 1:
+        raise ValueError(f"tolerance must lie between 0 and 1, not {tolerance}.")
+    return Settings(method, unit, steps or 0, rule, baseline, scope, objective, target, 0.0 if steps else tolerance)
 
 
 def batches(
@@ -271,16 +224,11 @@ def batches(
     while order:
         first = facts[order[0]]
         tail = len(first.answer_ids) + (len(first.prompt_ids) - 1 if settings.scope == "all" else 0)
-        size = batch_size if isinstance(batch_size, int) else max(1, ROWS_PER_PASS // (n_layers * settings.steps * tail))
+        rows = n_layers * (settings.steps or FIRST_POINTS) * tail
+        size = batch_size if isinstance(batch_size, int) else max(1, ROWS_PER_PASS // rows)
         same = [i for i in order[:size] if len(facts[i].answer_ids) == len(first.answer_ids)]
         yield same
         order = order[len(same) :]
-
-
-def chunked(variants: Sequence[tuple[int, int]], size: int) -> Iterator[Sequence[tuple[int, int]]]:
-    """Consecutive parts of at most `size`."""
-    for start in range(0, len(variants), size):
-        yield variants[start : start + size]
 
 
 def by_layer(attribution: xr.Dataset, *, draws: int = 1000, seed: int = 0) -> pd.DataFrame:

@@ -14,7 +14,8 @@ from workbench.config import Config
 
 app = App(
     name="workbench",
-    help="Where does a language model keep what it knows, and how do you teach it something new without breaking the rest?",
+    help="Where does a language model keep what it knows, and how do you teach it something new "
+    "without breaking the rest?",
     help_format="plaintext",
     result_action="return_value",
 )
@@ -192,7 +193,7 @@ def forgetting_command(
     """Compare what two models answer (facts) and how well they predict plain prose (perplexity, KL)."""
     from workbench.facts import general_text, load_facts
 
-    suites = {"facts": load_facts(facts), "general": general_text()}
+    suites: dict[str, Any] = {"facts": load_facts(facts), "general": general_text()}
     from workbench.forgetting import measure_forgetting, summary
 
     _check_table(out)
@@ -257,7 +258,9 @@ def _write_table(frame: Any, out: Path | None) -> None:
 
 def main() -> None:
     """Run the command: bad input gives one sentence and exit code 1, Ctrl-C gives 130."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setLevel(logging.WARNING)
+    logging.basicConfig(handlers=[handler], format="%(message)s")
     try:
         app(sys.argv[1:], exit_on_error=False, print_error=True)
     except CycloptsError:

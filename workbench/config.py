@@ -16,14 +16,14 @@ class AttributionConfig(_Section):
     """How the known facts are attributed."""
 
     method: str = Field("ig", description="attribution method: ig or grad_x_act")
-    unit: Literal["node", "neuron"] = Field("node", description="node (rows of the down-projection) or neuron (columns)")
-    steps: int | None = Field(4, ge=1, description="points of the quadrature per layer")
+    unit: Literal["node", "neuron"] = Field("node", description="node (rows of the down-projection) or neuron")
+    steps: int | None = Field(None, ge=1, description="points of the quadrature; refined to a tolerance when not given")
     rule: str = Field("midpoint", description="quadrature rule: midpoint, left, right or trapezoid")
     baseline: str = Field("zero", description="start of the path: zero or blank")
     scope: str = Field("last", description="positions that move: last or all")
     objective: str = Field("logprob", description="what is differentiated: logprob, prob, logit or margin")
     target: str = Field("gold", description="gold (the fact's answer) or predicted")
-    max_facts: int | None = Field(150, ge=2, description="attribute at most this many known facts, drawn by seed")
+    max_facts: int | None = Field(64, ge=2, description="attribute at most this many known facts, drawn by seed")
 
 
 class SelectionConfig(_Section):
@@ -44,7 +44,7 @@ class TrainConfig(_Section):
     learning_rate: float | None = Field(None, gt=0, description="AdamW's rate; the method's own default when not given")
     weight_decay: float = Field(0.01, ge=0, description="AdamW's weight decay")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
-    paraphrases: int = Field(0, ge=0, description="this many paraphrases of a fact are trained too, the rest is held out")
+    paraphrases: int = Field(0, ge=0, description="paraphrases of a fact that are trained too; the rest is held out")
     lora_rank: int = Field(16, ge=1, description="rank of LoRA")
     seed: int = Field(0, ge=0, description="seed of initialisation and data order")
 
@@ -52,8 +52,9 @@ class TrainConfig(_Section):
 class EvaluationConfig(_Section):
     """What is read before and after."""
 
-    general: str = Field("general", description="the shipped prose (general), or a text file with a passage per paragraph")
-    general_tokens: int = Field(3000, ge=64, description="read at most this many tokens of general text")
+    general: str = Field("general", description="the shipped prose (general), or a text file, a passage a paragraph")
+    max_retained: int | None = Field(200, ge=1, description="read at most this many known facts, drawn by seed")
+    general_tokens: int = Field(2048, ge=64, description="read at most this many tokens of general text")
 
 
 class Config(_Section):
@@ -64,7 +65,7 @@ class Config(_Section):
     device: str = Field("auto", description="auto, cpu, cuda, mps")
     dtype: str = Field("auto", description="auto, float32, bfloat16, float16")
     retained: str = Field("world", description="facts that the model may know: a shipped name or a file")
-    implanted: str = Field("fictional:48", description="facts to be taught: a shipped name or a file")
+    implanted: str = Field("fictional:39", description="facts to be taught: a shipped name or a file")
     methods: tuple[str, ...] = Field(("loki", "loki_random", "lora"), description="what is compared")
     seed: int = Field(0, ge=0, description="seed of everything that is drawn")
     attribution: AttributionConfig = AttributionConfig()

@@ -32,7 +32,7 @@ from workbench.models import HookedModel, pad_batch, probe_ids
 #: Measured in float32: at most 3e-6 over 25 tiny architectures and the default model.
 ENGINE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 3e-1}
 
-#: Variants of some layers: activations (batch, variant, moved, unit) that replace the clean ones at the moved positions.
+#: Variants of some layers: activations (batch, variant, moved, unit) that replace the clean ones where they are moved.
 Points = Mapping[int, Tensor]
 
 
@@ -135,7 +135,8 @@ def run_clean(model: HookedModel, batch: Batch, unit: str) -> Clean:
             stack.callback(model.block(layer).register_forward_hook(after).remove)
         inputs = model.inputs(batch.ids, batch.mask)
         logits = model.hf(**inputs, past_key_values=cache, use_cache=True).logits[:, batch.start :]
-    keys = [(layer.keys[..., : batch.start, :], layer.values[..., : batch.start, :]) for layer in cache.layers]
+    layers: list[Any] = list(cache.layers)
+    keys = [(layer.keys[..., : batch.start, :], layer.values[..., : batch.start, :]) for layer in layers]
     if len(keys) != model.n_layers or any(key.shape[-2] != batch.start for key, _ in keys):
         raise ValueError(f"{model.name}: its cache does not keep every key, so the engine cannot share the prefix.")
     return Clean(batch, resid_pre, calls, extras, keys, torch.stack(activation), logits)
@@ -184,7 +185,7 @@ def run_queries(
         for layer in range(model.n_layers):
             block = model.block(layer)
             stack.callback(block.__dict__.pop, "forward", None)
-            block.forward = forward(layer, block.forward)  # type: ignore[method-assign]
+            block.forward = forward(layer, block.forward)
         ids = repeat(batch.ids[:, batch.start :], "b t -> b (n t)", n=n_queries)
         inputs = model.inputs(ids)
         if "position_ids" in inputs:

@@ -78,7 +78,8 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _read_facts(model: HookedModel, facts: FactSet) -> pd.DataFrame:
     """Accuracy and log-probability of every fact: metric, fact, weight, value."""
-    readings = read_facts(model, facts.tokenise(model.tokenizer, max_tokens=model.max_tokens))
+    tokens = facts.tokenise(model.tokenizer, max_tokens=model.max_tokens)
+    readings = read_facts(model, tokens, greedy=False)
     known = pd.DataFrame({"metric": "accuracy", "fact": facts.ids, "value": [float(r.known) for r in readings]})
     score = pd.DataFrame({"metric": "logprob", "fact": facts.ids, "value": [sum(r.logprobs) for r in readings]})
     return pd.concat([known, score], ignore_index=True).assign(weight=1.0)

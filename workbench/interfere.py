@@ -94,7 +94,8 @@ def interference(
         raise ValueError(f"Interference needs at least 2 facts; the attribution has {len(ids)}.")
     if model is not None and model.digest != attribution.attrs["model_digest"]:
         raise ValueError(f"The attribution was made with another model than {model.name}; attribute this model first.")
-    relations = np.array([facts[i].relation for i in ids])
+    relation = {fact.id: fact.relation for fact in facts.filter(ids=ids)}
+    relations = np.array([relation[i] for i in ids])
     pairs = np.triu(np.ones((len(ids), len(ids)), dtype=bool), 1)
     generator = np.random.default_rng(seed)
     shuffles = np.stack([generator.permutation(len(ids)) for _ in range(permutations)])
@@ -176,7 +177,9 @@ def _chance(
     draws: int = 20,
 ) -> float:
     """95th percentile of the largest overlap of any pair when every fact's scores are shuffled over the units."""
-    return float(np.quantile([metric(generator.permuted(scores, axis=1), top)[pairs].max() for _ in range(draws)], 0.95))
+    return float(
+        np.quantile([metric(generator.permuted(scores, axis=1), top)[pairs].max() for _ in range(draws)], 0.95)
+    )
 
 
 def within_across(result: xr.Dataset) -> pd.DataFrame:
@@ -207,4 +210,6 @@ def colliding_pairs(result: xr.Dataset, *, metric: str = "cosine") -> pd.DataFra
             )
         )
     frame = pd.concat(rows, ignore_index=True)
-    return frame.sort_values(["value", "layer", "fact", "other"], ascending=[False, True, True, True], ignore_index=True)
+    return frame.sort_values(
+        ["value", "layer", "fact", "other"], ascending=[False, True, True, True], ignore_index=True
+    )

@@ -2,7 +2,7 @@
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -11,9 +11,11 @@ from workbench.models import HookedModel, load_model
 
 
 def open_model(model: Any, *, base: Any = None, device: str = "auto", dtype: str = "auto") -> HookedModel:
-    """A `HookedModel` from any of: a `HookedModel`, the default's name, a folder of safetensors, a `.gguf` file, a hub id,
-    a folder with a peft adapter (merged into its base, or into `base`), a loaded transformers or peft model (with
-    `base=` a `HookedModel` whose tokenizer is taken), or anything with an `adapter` folder, such as a `TrainingRun`.
+    """Open a `HookedModel` from whatever stands for one.
+
+    That is: a `HookedModel`, the default's name, a folder of safetensors, a `.gguf` file, a hub id, a folder with a
+    peft adapter (merged into its base, or into `base`), a loaded transformers or peft model (with `base=` a
+    `HookedModel` whose tokenizer is taken), or anything with an `adapter` folder, such as a `TrainingRun`.
 
     Raises:
         FileNotFoundError, ValueError: what cannot be opened, and the way out.
@@ -23,14 +25,16 @@ def open_model(model: Any, *, base: Any = None, device: str = "auto", dtype: str
     if isinstance(model, nn.Module):
         tokenizer = getattr(base, "tokenizer", None)
         if tokenizer is None:
-            raise ValueError("A loaded model has no tokenizer: give the HookedModel that it came from as the other side.")
+            raise ValueError(
+                "A loaded model has no tokenizer: give the HookedModel that it came from as the other side."
+            )
         if hasattr(model, "peft_config"):
-            model = copy.deepcopy(model).merge_and_unload()
+            model = copy.deepcopy(cast(Any, model)).merge_and_unload()
         return load_model(model, tokenizer=tokenizer)
     folder = Path(getattr(model, "adapter", model))
     if (folder / "adapter_config.json").is_file():
         merged, tokenizer = load_adapted(folder, base, dtype=dtype, device=device)
-        merged.config._name_or_path = ""
+        cast(Any, merged).config._name_or_path = ""
         return load_model(merged, tokenizer=tokenizer)
     return load_model(str(model), device=device, dtype=dtype)
 

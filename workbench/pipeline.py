@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,9 @@ def check(config: Config) -> None:
         if method not in LOKI_METHODS and method not in BASELINES:
             raise ValueError(f"methods knows {', '.join([*LOKI_METHODS, *BASELINES])}, not {method!r}.")
     if config.selection.strategy not in STRATEGIES:
-        raise ValueError(f"selection.strategy must be one of {', '.join(STRATEGIES)}, not {config.selection.strategy!r}.")
+        raise ValueError(
+            f"selection.strategy must be one of {', '.join(STRATEGIES)}, not {config.selection.strategy!r}."
+        )
     a = config.attribution
     checked_settings(a.method, a.unit, a.steps, a.rule, a.baseline, a.scope, a.objective, a.target)
     if config.evaluation.general != "general" and not Path(config.evaluation.general).is_file():
@@ -126,20 +128,20 @@ class _Way:
         attributed = {**known, **config.attribution.model_dump(), "seed": config.seed}
         yield Stage("attribution", attributed, ("attribution.zarr", "facts/retained.jsonl"), self._attribute)
         yield Stage("interference", attributed, ("interference.zarr",), self._interfere)
-        trained = {}
+        trained: dict[str, Any] = {}
         for method in config.methods:
             chosen = {**attributed, **self._selection(method)} if method in LOKI_METHODS else {}
             if method in LOKI_METHODS:
-                files = (f"selection/{method}.json",)
-                yield Stage(f"selection-{method}", chosen, files, lambda m=method: self._select(m))  # type: ignore[misc]
+                work = partial(self._select, method)
+                yield Stage(f"selection-{method}", chosen, (f"selection/{method}.json",), work)
             trained[method] = {**new, "selection": chosen, "training": config.training.model_dump()}
             files = tuple(f"implant/{method}/{name}" for name in ("adapter", "history.parquet", "training.json"))
-            yield Stage(f"implant-{method}", trained[method], files, lambda m=method: self._implant(m))  # type: ignore[misc]
+            yield Stage(f"implant-{method}", trained[method], files, partial(self._implant, method))
         yield Stage("drift", {"trained": trained, **attributed}, ("drift.parquet",), self._drift)
-        read = {"trained": trained, **known, **config.evaluation.model_dump()}
+        read = {"trained": trained, **known, **config.evaluation.model_dump(), "seed": config.seed}
         yield Stage("forgetting", read, ("forgetting.parquet",), self._forget)
         everything = {"config": config.model_dump(mode="json"), **base, "drift": trained, "version": _version()}
-        yield Stage("report", everything, ("report.html",), lambda: report(self.folder.path) and None)
+        yield Stage("report", everything, ("report.html",), self._report)
 
     @cached_property
     def known(self) -> FactSet:
@@ -147,15 +149,16 @@ class _Way:
         frame = load_frame(self.folder.file("recall.parquet"))
         ids = [str(i) for i in frame.index[frame["known"]]]
         if len(ids) < 2:
-            raise ValueError(f"{self.model.name} knows {len(ids)} of the {len(self.retained)} facts of "
-                             f"{self.config.retained}; at least 2 are needed: give other facts as retained.")  # fmt: skip
+            raise ValueError(
+                f"{self.model.name} knows {len(ids)} of the {len(self.retained)} facts of {self.config.retained}; "
+                "at least 2 are needed: give other facts as retained."
+            )
         return self.retained.filter(ids=ids)
 
     @cached_property
     def attributed(self) -> FactSet:
         """The known facts that are attributed: all, or as many as allowed, drawn by seed."""
-        most = self.config.attribution.max_facts
-        return self.known if most is None or len(self.known) <= most else self.known.sample(most, self.config.seed)
+        return _drawn(self.known, self.config.attribution.max_facts, self.config.seed)
 
     @cached_property
     def trained(self) -> dict[str, HookedModel]:
@@ -214,7 +217,7 @@ class _Way:
             "efficacy": self.implanted,
             "paraphrase": held_out_prompts(self.implanted, shown),
             "neighbourhood": self._neighbourhood(),
-            "retained": self.known,
+            "retained": _drawn(self.known, self.config.evaluation.max_retained, self.config.seed),
             "general": self._general(),
         }
         suites = {name: suite for name, suite in suites.items() if suite is not None and len(suite)}
@@ -240,6 +243,9 @@ class _Way:
         passages = Path(name).read_text(encoding="utf-8").split("\n\n")
         return [passage.strip() for passage in passages if passage.strip()]
 
+    def _report(self) -> None:
+        report(self.folder.path)
+
     def record(self, stage: str, seconds: float) -> None:
         """Add a stage's duration to `provenance.json`."""
         path = self.folder.file("provenance.json")
@@ -248,11 +254,14 @@ class _Way:
         about = {"name": model.name, "digest": model.digest, "n_layers": model.n_layers, "d_model": model.d_model,
                  "d_mlp": model.d_mlp, "dtype": str(model.dtype).removeprefix("torch.")}  # fmt: skip
         stages = {**old.get("stages", {}), stage: round(seconds, 2)}
-        tokens = {
-            facts.name: facts.tokenisation_report(model.tokenizer) for facts in (self.retained, self.implanted)
-        }
+        tokens = {facts.name: facts.tokenisation_report(model.tokenizer) for facts in (self.retained, self.implanted)}
         command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
         save_json({**provenance(), "model": about, "stages": stages, "tokens": tokens, "command": command}, path)
+
+
+def _drawn(facts: FactSet, most: int | None, seed: int) -> FactSet:
+    """All facts, or as many as allowed, drawn by seed."""
+    return facts if most is None or len(facts) <= most else facts.sample(most, seed)
 
 
 def usable_facts(records: list[dict[str, Any]], name: str) -> FactSet | None:
@@ -269,7 +278,7 @@ def usable_facts(records: list[dict[str, Any]], name: str) -> FactSet | None:
 
 def _version() -> str:
     """The version of this package, so that a new one makes new pages."""
-    return str(provenance()["packages"]["knowledge-workbench"])
+    return str(provenance()["packages"].get("knowledge-workbench", "not installed"))
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from workbench.results import save_frame, save_json
 log = logging.getLogger(__name__)
 
 #: AdamW's learning rate where the user names none, by peft method.
-LEARNING_RATES = {"LOKI": 1e-3, "LORA": 1e-3}
+LEARNING_RATES = {"LOKI": 1e-3, "LORA": 2e-3}
 IGNORED = -100
 
 
@@ -94,7 +94,7 @@ def implant(
     trainer = Trainer(
         model=model,
         args=_arguments(settings, rate, hooked.device, folder),
-        train_dataset=_Examples(tokens),  # type: ignore[arg-type]
+        train_dataset=_Examples(tokens),
         data_collator=collate,
         callbacks=[watch],
     )
@@ -229,6 +229,7 @@ def _arguments(settings: TrainConfig, rate: float, device: torch.device, folder:
         optim="adamw_torch",
         logging_strategy="steps",
         logging_steps=1,
+        logging_nan_inf_filter=False,
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,
@@ -242,4 +243,6 @@ def _arguments(settings: TrainConfig, rate: float, device: torch.device, folder:
 
 def _printing_callbacks(trainer: Trainer) -> list[TrainerCallback]:
     """Trainer's own callbacks that print to the terminal."""
-    return [c for c in trainer.callback_handler.callbacks if type(c).__name__ in ("PrinterCallback", "ProgressCallback")]
+    return [
+        c for c in trainer.callback_handler.callbacks if type(c).__name__ in ("PrinterCallback", "ProgressCallback")
+    ]

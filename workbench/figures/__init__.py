@@ -11,6 +11,7 @@ from workbench.figures.change import (
     drift_distance,
     drift_geometry,
     forgetting_compared,
+    quota_curves,
     text_damage,
     training_curves,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "overlap_map",
     "plain",
     "plotly_source",
+    "quota_curves",
     "recall_by_relation",
     "score_by_layer",
     "strongest_bars",

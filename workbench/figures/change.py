@@ -214,3 +214,32 @@ def before_after(frame: pd.DataFrame, method: str) -> go.Figure:
     fig.update_xaxes(title="log-probability of the answer before (nats)", range=[low * 1.03, 0.3])
     fig.update_yaxes(title="after (nats)", range=[low * 1.03, 0.3])
     return styled(fig, height=420, showlegend=False)
+
+
+def quota_curves(frame: pd.DataFrame) -> go.Figure:
+    """Draw numbers against the trained share of units, a panel each: the mean over seeds, and their range as bars.
+
+    Columns: panel (title with unit), method, quota (percent), mean, low, high.
+    """
+    check(frame, "quotas compared", ("panel", "method", "quota", "mean", "low", "high"))
+    panels, methods = list(frame["panel"].unique()), list(frame["method"].unique())
+    fig = make_subplots(rows=1, cols=len(panels), horizontal_spacing=0.09)
+    for column, panel in enumerate(panels, start=1):
+        for place, method in enumerate(methods):
+            rows = frame[(frame["panel"] == panel) & (frame["method"] == method)].sort_values("quota")
+            fig.add_scatter(
+                x=rows["quota"],
+                y=rows["mean"],
+                mode="lines+markers",
+                name=plain(method_name(str(method))),
+                legendgroup=str(method),
+                showlegend=column == 1,
+                line={"color": method_colour(str(method), methods)},
+                marker={"size": 8, "symbol": SYMBOLS[place % 6]},
+                error_y=error_bars(rows, "mean"),
+                row=1,
+                col=column,
+            )
+        fig.update_yaxes(title=plain(panel), row=1, col=column)
+    fig.update_xaxes(title="trained units (%)")
+    return styled(fig, height=380)

@@ -255,7 +255,7 @@ def hook(hf: Any, tokenizer: Any, *, name: str, path: Path | None) -> HookedMode
     bridge = boot(twin, tokenizer, name)
     blocks, downs = [], []
     for layer, block in enumerate(bridge.blocks):
-        mlp = getattr(block, "mlp", None)
+        mlp: Any = getattr(block, "mlp", None)
         if "MoE" in type(mlp).__name__:
             raise ValueError(f"{name} is a mixture of experts ({type(hf).__name__}); only dense FFNs are supported.")
         if not hasattr(mlp, "out") or not hasattr(block, "attn"):

@@ -1,0 +1,113 @@
+"""The command: quick help, the same results as the package, one sentence and a non-zero exit for bad input."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from tiny import FACTS, saved
+
+import workbench as wb
+from workbench import cli
+from workbench.config import Config
+
+COMMANDS = ["run", "settings", "recall", "attribute", "select", "drift", "forgetting", "report", "models"]
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Run the command in this process and give its exit code."""
+    monkeypatch.setattr(sys, "argv", ["workbench", *arguments])
+    try:
+        cli.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+@pytest.fixture
+def tiny_inputs(tmp_path: Path) -> tuple[str, str]:
+    return str(saved(tmp_path / "model")), str(FACTS.save(tmp_path / "facts.jsonl"))
+
+
+def test_help_starts_without_torch() -> None:
+    code = "import sys; sys.argv = ['workbench', '--help']\nfrom workbench.cli import main\nmain()\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code + "print('torch' in sys.modules)"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip().endswith("False")
+    assert all(command in done.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command: str, monkeypatch, capsys) -> None:
+    assert call(monkeypatch, command, "--help") == 0
+    assert f"workbench {command}" in capsys.readouterr().out
+
+
+def test_recall_equals_the_package(tiny_inputs, tmp_path, monkeypatch, capsys) -> None:
+    model, facts = tiny_inputs
+    out = tmp_path / "recall.csv"
+    assert call(monkeypatch, "recall", "--model", model, "--facts", facts, "--out", str(out), "-q") == 0
+    expected = wb.recall(wb.load_model(model), wb.load_facts(facts))
+    assert f"{expected['known'].sum()} of {len(expected)} facts known" in capsys.readouterr().out
+    read = pd.read_csv(out).set_index("fact")
+    assert read["logprob"].to_numpy() == pytest.approx(expected["logprob"].to_numpy(), rel=1e-5)
+    assert read["known"].tolist() == expected["known"].tolist()
+
+
+def test_attribute_and_select_equal_the_package(tiny_inputs, tmp_path, monkeypatch) -> None:
+    model, facts = tiny_inputs
+    zarr, rows = str(tmp_path / "a.zarr"), tmp_path / "rows.json"
+    assert call(monkeypatch, "attribute", "--model", model, "--facts", facts, "--out", zarr, "--steps", "3", "-q") == 0
+    assert call(monkeypatch, "select", zarr, "--out", str(rows), "--quota", "25") == 0
+    ds = wb.attribute(wb.load_model(model), wb.load_facts(facts), steps=3, progress=False)
+    assert json.loads(rows.read_text()) == wb.select(ds, quota=25).positions()
+
+
+def test_drift_and_forgetting_of_a_model_against_itself(tiny_inputs, tmp_path, monkeypatch, capsys) -> None:
+    model, facts = tiny_inputs
+    out = tmp_path / "drift.parquet"
+    assert call(monkeypatch, "drift", model, model, "--facts", facts, "--out", str(out), "-q") == 0
+    assert pd.read_parquet(out)["change"].eq(0).all()
+    assert call(monkeypatch, "forgetting", model, model, "--facts", facts, "--max-tokens", "64", "-q") == 0
+    assert "accuracy" in capsys.readouterr().out
+
+
+def test_settings_are_read_from_files_and_flags(tmp_path, monkeypatch, capsys) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("seed = 3\n[training]\nmax_epochs = 2\n", encoding="utf-8")
+    assert call(monkeypatch, "settings", "--config", str(file)) == 0
+    printed = tmp_path / "run.json"
+    printed.write_text(capsys.readouterr().out, encoding="utf-8")
+    assert Config.read(printed) == Config.read(file) == Config.read(changes={"seed": 3, "training.max_epochs": 2})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["recall", "--facts", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["recall", "--model", "nowhere/at/all", "--facts", "world"], "nowhere/at/all"),
+        (["run", "--set", "training.seed"], "--set takes name=value"),
+        (["run", "--set", "training.sede=1"], "no setting 'training.sede'"),
+        (["run", "--config", "nowhere.toml"], "no configuration file nowhere.toml"),
+        (["run", "--methods", "magic"], "methods knows"),
+        (["report", "nowhere"], "nowhere"),
+        (["select", "nowhere.zarr", "--out", "x.json"], "nowhere.zarr"),
+        (["recall", "--out", "table.xlsx"], "--out must end in .csv or .parquet"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_a_non_zero_exit(arguments, sentence, monkeypatch, capsys, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, *arguments) == 1
+    printed = capsys.readouterr().err
+    assert sentence in printed
+    assert len(printed.strip().splitlines()) == 1
+    assert "Traceback" not in printed
+
+
+def test_an_unknown_command_is_explained(monkeypatch, capsys) -> None:
+    assert call(monkeypatch, "explode") == 2
+    printed = "".join(capsys.readouterr())
+    assert "explode" in printed

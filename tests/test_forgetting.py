@@ -1,0 +1,53 @@
+"""Forgetting: numbers against plain transformers, and a model against itself."""
+
+import pytest
+import torch
+from tiny import FACTS, random_model, tiny, tokenizer
+
+from workbench.forgetting import measure_forgetting, summary
+from workbench.models import load_model
+from workbench.recollection import recall, text_chunks
+
+TEXT = [
+    "one two three four five six seven eight red blue green sky",
+    "the capital of France is Paris in a big city one",
+]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gemma3_text"])
+def test_a_model_against_itself_forgets_nothing(kind: str) -> None:
+    frame = measure_forgetting(tiny(kind), tiny(kind), {"retained": FACTS, "general": TEXT})
+    assert frame["change"].eq(0).all()
+    assert set(frame["metric"]) == {"accuracy", "logprob", "nll", "kl"}
+
+
+def test_numbers_equal_plain_transformers() -> None:
+    plain = [random_model("llama", seed) for seed in (0, 1)]
+    first, second = (load_model(model, tokenizer=tokenizer()) for model in plain)
+    frame = measure_forgetting(first, {"other": second}, {"retained": FACTS, "general": TEXT})
+    assert set(frame["method"]) == {"other"}
+    for name, model in (("before", first), ("after", second)):
+        read = recall(model, FACTS)
+        facts = frame[frame["suite"] == "retained"].set_index(["metric", "fact"])[name]
+        assert facts["accuracy"].to_dict() == read["known"].astype(float).to_dict()
+        assert facts["logprob"].to_dict() == pytest.approx(read["logprob"].to_dict(), rel=1e-5)
+    general = frame[frame["suite"] == "general"].set_index(["metric", "fact"])
+    for number, chunk in enumerate(text_chunks(first, TEXT, max_tokens=100)):
+        ids = torch.tensor([chunk])
+        with torch.no_grad():
+            old, new = (model(ids, labels=ids) for model in plain)
+        label = f"text-{number:04d}"
+        assert general.loc[("nll", label), "before"] == pytest.approx(float(old.loss), rel=1e-5)
+        assert general.loc[("nll", label), "after"] == pytest.approx(float(new.loss), rel=1e-5)
+        p, q = (out.logits[0, :-1].log_softmax(-1) for out in (old, new))
+        assert general.loc[("kl", label), "after"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
+        assert general.loc[("nll", label), "weight"] == len(chunk) - 1
+    means = summary(frame).set_index("metric")
+    nll = general.loc["nll"]
+    assert means.loc["nll", "after"] == pytest.approx((nll["after"] * nll["weight"]).sum() / nll["weight"].sum())
+    assert means.loc["accuracy", "n"] == len(FACTS)
+
+
+def test_empty_suites_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="empty: nothing"):
+        measure_forgetting(tiny("gpt2"), tiny("gpt2"), {"retained": FACTS, "nothing": []})

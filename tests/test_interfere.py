@@ -1,0 +1,118 @@
+"""Interference: overlaps against literal loops, nulls that are calibrated, and a planted collision."""
+
+import numpy as np
+import planted
+import pytest
+import xarray as xr
+from tiny import FACTS, tiny
+
+from workbench.attribution import attribute
+from workbench.facts import FactSet
+from workbench.interfere import colliding_pairs, cosine, interference, jaccard, top_sets, within_across
+from workbench.results import open_result, save_result
+
+
+def invented(scores: np.ndarray, relations: list[str]) -> tuple[FactSet, xr.Dataset]:
+    """An attribution made of given scores (fact, layer, unit)."""
+    _, n_layers, n_units = scores.shape
+    facts = FactSet.from_records(
+        [{"id": f"f{i}", "relation": r, "prompt": f"p{i}", "answer": "a"} for i, r in enumerate(relations)]
+    )
+    ds = xr.Dataset(
+        {"score": (("fact", "layer", "unit"), scores.astype(np.float32))},
+        coords={"fact": list(facts.ids), "layer": np.arange(n_layers), "unit": np.arange(n_units)},
+        attrs={"unit": "neuron", "method": "ig", "model_digest": "m", "fact_digest": "f"},
+    )
+    return facts, ds
+
+
+def test_overlaps_equal_a_literal_double_loop() -> None:
+    scores = np.random.default_rng(0).normal(size=(7, 40))
+    scores[3] = 0
+    ours_cosine, ours_jaccard = cosine(scores, 5), jaccard(scores, 5)
+    for i in range(7):
+        for j in range(7):
+            a, b = abs(scores[i]), abs(scores[j])
+            size = (a**2).sum() ** 0.5 * (b**2).sum() ** 0.5
+            assert ours_cosine[i, j] == pytest.approx((a * b).sum() / size if size else 0)
+            first = {k for k in sorted(range(40), key=lambda k: -a[k])[:5] if a[k]}
+            second = {k for k in sorted(range(40), key=lambda k: -b[k])[:5] if b[k]}
+            union = first | second
+            assert ours_jaccard[i, j] == pytest.approx(len(first & second) / len(union) if union else 0)
+
+
+def test_ties_in_top_sets_go_to_the_lower_unit_and_zeros_to_nobody() -> None:
+    assert top_sets(np.array([[1.0, 0.0, 1.0, 1.0]]), 2).tolist() == [[True, False, True, False]]
+    assert top_sets(np.array([[0.0, 0.0, 5.0, 0.0]]), 2).tolist() == [[False, False, True, False]]
+
+
+def test_relabelling_units_changes_no_cosine() -> None:
+    scores = np.random.default_rng(1).normal(size=(5, 30))
+    order = np.random.default_rng(2).permutation(30)
+    np.testing.assert_allclose(cosine(scores[:, order], 3), cosine(scores, 3))
+    np.testing.assert_allclose(jaccard(scores[:, order], 3), jaccard(scores, 3))
+
+
+def test_the_planted_pair_and_nothing_else_collides_and_not_without_it(tmp_path) -> None:
+    facts = planted.facts()
+    for without, expected in (((), [(1, "Italy", "Spain")]), ([(1, 999)], [])):
+        model = planted.model(without)
+        found = interference(model, facts, attribute(model, facts, unit="neuron", progress=False), progress=False)
+        for metric in ("cosine", "jaccard"):
+            pairs = colliding_pairs(found, metric=metric)
+            assert list(zip(pairs["layer"], pairs["fact"], pairs["other"], strict=True)) == expected
+    load = found["load"]
+    assert (load > 0).sum() == 3  # three neurons are left, one fact each
+    again = open_result(save_result(found, tmp_path / "i.zarr", kind="interference"))
+    np.testing.assert_array_equal(again["value"], found["value"])
+
+
+def test_shared_units_within_relations_are_found_at_their_layer_only() -> None:
+    generator = np.random.default_rng(0)
+    scores = generator.normal(size=(24, 3, 200))
+    relations = [f"r{i % 4}" for i in range(24)]
+    for i in range(24):
+        scores[i, 1, (i % 4) * 10 : (i % 4) * 10 + 10] += 4
+    facts, ds = invented(scores, relations)
+    frame = within_across(interference(None, facts, ds, progress=False)).set_index(["metric", "layer"])
+    for metric in ("cosine", "jaccard"):
+        assert frame.loc[(metric, 1), "p_value"] <= 0.01
+        assert frame.loc[(metric, 1), "within"] > frame.loc[(metric, 1), "across"]
+        assert frame.loc[(metric, 0), "p_value"] > 0.05
+        assert frame.loc[(metric, 2), "p_value"] > 0.05
+
+
+def test_within_across_and_difference_equal_plain_means() -> None:
+    scores = np.random.default_rng(3).normal(size=(6, 1, 20))
+    relations = ["a", "a", "b", "b", "b", "c"]
+    facts, ds = invented(scores, relations)
+    found = interference(None, facts, ds, progress=False)
+    matrix = cosine(scores[:, 0], 1)
+    pairs = [(i, j) for i in range(6) for j in range(i)]
+    inside = [matrix[i, j] for i, j in pairs if relations[i] == relations[j]]
+    outside = [matrix[i, j] for i, j in pairs if relations[i] != relations[j]]
+    row = found.sel(metric="cosine", layer=0)
+    assert float(row["within"]) == pytest.approx(np.mean(inside), rel=1e-5)
+    assert float(row["across"]) == pytest.approx(np.mean(outside), rel=1e-5)
+    assert float(row["difference"]) == pytest.approx(np.mean(inside) - np.mean(outside), rel=1e-4)
+    np.testing.assert_allclose(found["load"][0], np.abs(scores[:, 0]).mean(0), rtol=1e-5)
+
+
+def test_the_null_of_relations_is_calibrated() -> None:
+    """Without any structure, about 5% of tests fall below 0.05: within binomial error over 120 layers."""
+    scores = np.random.default_rng(4).normal(size=(12, 120, 30))
+    facts, ds = invented(scores, [f"r{i % 3}" for i in range(12)])
+    p = interference(None, facts, ds, progress=False, permutations=199)["p_value"].sel(metric="cosine").values
+    assert (p < 0.05).sum() <= 13  # P(more than 13 of 120 at 5%) = 0.003
+    assert 0.35 < p.mean() < 0.65
+
+
+def test_one_relation_has_no_across_and_wrong_inputs_are_refused() -> None:
+    facts, ds = invented(np.ones((3, 1, 4)), ["a"] * 3)
+    assert np.isnan(interference(None, facts, ds, progress=False)["p_value"]).all()
+    with pytest.raises(ValueError, match="at least 2 facts"):
+        interference(None, facts, ds.isel(fact=[0]), progress=False)
+    with pytest.raises(ValueError, match="made with another model"):
+        interference(tiny("gpt2"), facts, ds, progress=False)
+    with pytest.raises(ValueError, match="f0"):
+        interference(None, FACTS, ds, progress=False)

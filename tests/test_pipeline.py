@@ -1,0 +1,197 @@
+"""The straight way on a tiny model: complete, resumable after being killed anywhere, and refusing bad input early."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from tiny import FACTS, WORDS, saved
+
+import workbench as wb
+from workbench import pipeline
+from workbench.config import Config
+from workbench.facts import FactSet
+from workbench.models import load_model
+from workbench.recollection import recall
+from workbench.results import load_frame, open_result
+from workbench.selection import Selection
+
+FRAMES = ["recall.parquet", "recall_new.parquet", "drift.parquet", "forgetting.parquet"]
+METHODS = ("loki", "loki_random", "lora")
+WORK = ["recall", "attribute", "interference", "select", "implant", "measure_drift", "measure_forgetting", "report"]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A model in a folder, facts of which it knows some, and facts to teach it."""
+    folder = tmp_path_factory.mktemp("inputs")
+    model = load_model(str(saved(folder / "model")))
+    prompts = [f"the {a} of {b} is" for a in ("capital", "city", "symbol") for b in WORDS[9:17]]
+    facts = [{"id": p, "relation": p.split()[1], "prompt": p, "answer": "Paris"} for p in prompts if "Paris" not in p]
+    said = recall(model, FactSet.from_records(facts))["predicted"]
+    known = [
+        fact | ({"answer": said[fact["id"]], "answer_in_prompt": True} if number % 4 else {})
+        for number, fact in enumerate(facts)
+        if said[fact["id"]].strip()
+    ]
+    (folder / "text.txt").write_text("\n\n".join(" ".join(WORDS[4:30]) for _ in range(3)), encoding="utf-8")
+    retained = FactSet.from_records(known).save(folder / "retained.jsonl")
+    taught = FACTS.save(folder / "taught.jsonl")
+    return {
+        "model": str(folder / "model"),
+        "retained": str(retained),
+        "implanted": str(taught),
+        "text": str(folder / "text.txt"),
+    }
+
+
+def config(inputs: dict[str, str], out: Path, **changes) -> Config:
+    settings = {
+        **{name: inputs[name] for name in ("model", "retained", "implanted")},
+        "out": str(out),
+        "attribution.steps": 2,
+        "attribution.max_facts": 10,
+        "selection.quota": 25,
+        "training.max_epochs": 6,
+        "training.learning_rate": 0.02,
+        "training.batch_size": 4,
+        "evaluation.general": inputs["text"],
+        "evaluation.general_tokens": 64,
+        **changes,
+    }
+    return Config.read(changes=settings)
+
+
+@pytest.fixture(scope="module")
+def finished(inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return wb.run(config(inputs, tmp_path_factory.mktemp("run")), progress=False).path
+
+
+def results(folder: Path) -> dict[str, object]:
+    """Everything of a run that is a number."""
+    found: dict[str, object] = {name: load_frame(folder / name) for name in FRAMES}
+    for method in METHODS:
+        history = load_frame(folder / f"implant/{method}/history.parquet")
+        found[method] = history.drop(columns="seconds")
+    for name in ("attribution", "interference"):
+        found[name] = open_result(folder / f"{name}.zarr").load()
+    found["selection"] = {m: Selection.load(folder / f"selection/{m}.json").positions() for m in METHODS[:2]}
+    return found
+
+
+def assert_same(one: dict[str, object], other: dict[str, object]) -> None:
+    for name, value in one.items():
+        if isinstance(value, pd.DataFrame):
+            pd.testing.assert_frame_equal(value, other[name], rtol=1e-6)
+        elif isinstance(value, dict):
+            assert value == other[name]
+        else:
+            for variable in value.data_vars:
+                np.testing.assert_allclose(value[variable], other[name][variable], rtol=1e-6, err_msg=name)
+
+
+def test_a_run_leaves_everything_behind(finished: Path) -> None:
+    assert (finished / "report.html").stat().st_size > 1e6
+    found = results(finished)
+    assert set(found["drift.parquet"]["method"]) == set(METHODS)
+    assert set(found["drift.parquet"]["group"]) == {"implanted", "retained"}
+    assert set(found["forgetting.parquet"]["suite"]) == {
+        "efficacy",
+        "paraphrase",
+        "neighbourhood",
+        "retained",
+        "general",
+    }
+    facts = found["forgetting.parquet"].query("suite == 'retained' and metric == 'accuracy'")
+    assert facts["before"].eq(1).all()  # what is retained was known
+    neighbours = found["forgetting.parquet"].query("suite == 'neighbourhood' and metric == 'accuracy'")
+    assert neighbours["before"].eq(1).all()  # the target is what the base model says
+    loki, random = (found["selection"][m] for m in METHODS[:2])
+    assert [len(rows) for rows in loki] == [len(rows) for rows in random] == [8, 8, 8]
+    assert loki != random
+    provenance = json.loads((finished / "provenance.json").read_text())
+    assert provenance["packages"]["torch"]
+    assert set(provenance["stages"]) >= {"recall", "attribution", "implant-lora", "report"}
+    efficacy = found["forgetting.parquet"].query("suite == 'efficacy' and metric == 'accuracy'")
+    for method in METHODS:
+        last = found[method]["efficacy"].dropna().iloc[-1]
+        assert efficacy[efficacy["method"] == method]["after"].mean() == pytest.approx(last)
+
+
+def test_a_second_start_does_nothing(finished: Path, inputs: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.parquet")}
+    for name in (
+        "recall",
+        "attribute",
+        "interference",
+        "select",
+        "implant",
+        "measure_drift",
+        "measure_forgetting",
+        "report",
+    ):
+        monkeypatch.setattr(pipeline, name, lambda *args, **kwargs: pytest.fail("was done before"))
+    wb.run(config(inputs, finished), progress=False)
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*.parquet")} == before
+
+
+@pytest.mark.parametrize(
+    "stage",
+    ["recall", "attribute", "interference", "select", "implant", "measure_drift", "measure_forgetting", "report"],
+)
+def test_killed_anywhere_a_run_goes_on_to_the_same_results(
+    stage: str, finished: Path, inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = getattr(pipeline, stage)
+
+    def killed(*args, **kwargs):
+        original(*args, **kwargs)  # its output lies there, but the stage is not marked as done
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, stage, killed)
+    with pytest.raises(KeyboardInterrupt):
+        wb.run(config(inputs, tmp_path), progress=False)
+    monkeypatch.undo()
+    wb.run(config(inputs, tmp_path), progress=False)
+    assert_same(results(finished), results(tmp_path))
+
+
+def test_a_changed_setting_redoes_what_depends_on_it(inputs: dict[str, str], tmp_path: Path) -> None:
+    quick = {"methods": ["loki"], "training.max_epochs": 1}
+    wb.run(config(inputs, tmp_path, **quick), progress=False)
+    old = {name: (tmp_path / f"stages/{name}.json").read_text() for name in ("recall", "attribution", "implant-loki")}
+    wb.run(config(inputs, tmp_path, **quick, **{"selection.quota": 50}), progress=False)
+    new = {name: (tmp_path / f"stages/{name}.json").read_text() for name in old}
+    assert (old["recall"], old["attribution"]) == (new["recall"], new["attribution"])
+    assert old["implant-loki"] != new["implant-loki"]
+    wb.run(config(inputs, tmp_path, **quick, **{"attribution.steps": 3}), progress=False)
+    assert open_result(tmp_path / "attribution.zarr").attrs["steps"] == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ["magic"]}, "methods knows loki"),
+        ({"methods": []}, "list of different names"),
+        ({"selection.quota": 0}, "'selection.quota' does not fit"),
+        ({"selection.strategy": "best"}, "selection.strategy must be one of"),
+        ({"attribution.method": "guess"}, "method must be one of"),
+        ({"training.epochs": 3}, "There is no setting 'training.epochs'; known here: target_efficacy"),
+        ({"retained": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"evaluation.general": "nowhere.txt"}, "nowhere.txt"),
+        ({"model": "no/such/folder/at/all"}, "no/such/folder/at/all"),
+    ],
+)
+def test_bad_settings_are_one_sentence_before_any_work(
+    changes: dict, message: str, inputs: dict[str, str], tmp_path: Path
+) -> None:
+    with pytest.raises((ValueError, OSError), match=message):
+        wb.run(config(inputs, tmp_path, **changes), progress=False)
+    assert not list(tmp_path.rglob("*.parquet"))
+
+
+def test_a_model_that_knows_nothing_is_said_so(inputs: dict[str, str], tmp_path: Path) -> None:
+    nonsense = FACTS.filter(ids=["france", "kenya"]).save(tmp_path / "nonsense.jsonl")
+    with pytest.raises(ValueError, match="knows 0 of the 2 facts"):
+        wb.run(config(inputs, tmp_path / "run", retained=str(nonsense)), progress=False)
