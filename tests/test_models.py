@@ -7,7 +7,7 @@ import torch
 from tiny import ARCHITECTURES, random_model, saved, tiny, tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from workbench.models import hooked, load_model, pad_batch
+from workbench.models import load_model, pad_batch, promises
 
 IDS = torch.tensor([[4, 5, 6, 7, 8], [9, 10, 11, 12, 13]])
 
@@ -142,6 +142,6 @@ def test_broken_promises_are_found() -> None:
     model = copy.copy(tiny("llama"))
     object.__setattr__(model, "bridge", tiny("qwen2").bridge)
     with pytest.raises(ValueError, match="bridge and plain transformers differ"):
-        hooked.check_promises(model)
+        promises.check_promises(model)
     with pytest.raises(ValueError, match='unit must be "node"'):
         model.width("attention")

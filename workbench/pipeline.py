@@ -229,12 +229,20 @@ class _Way:
     def _neighbourhood(self) -> FactSet | None:
         """Prompts of the taught relations about other subjects, with what the base model says as their answer."""
         taught = {fact.prompt for fact in self.implanted}
-        if not any(one.prompt not in taught for fact in self.implanted for one in fact.neighbours):
+        if all(one.prompt in taught for fact in self.implanted for one in fact.neighbours):
             return None
         others = self.implanted.neighbourhood().filter(where=lambda fact: fact.prompt not in taught)
         said = recall(self.model, others)["predicted"].str.strip()
-        records = [record | {"answer": said[record["id"]]} for record in others.to_records() if said[record["id"]]]
-        return usable_facts(records, f"{others.name}:as-before")
+        records = [
+            record | {"answer": said[record["id"]], "answer_in_prompt": True}
+            for record in others.to_records()
+            if said[record["id"]]
+        ]
+        if not records:
+            return None
+        facts = FactSet.from_records(records, name=f"{others.name}:as-before")
+        again = recall(self.model, facts)["known"]
+        return facts.filter(where=lambda fact: bool(again[fact.id]))
 
     def _general(self) -> list[str]:
         name = self.config.evaluation.general
@@ -262,18 +270,6 @@ class _Way:
 def _drawn(facts: FactSet, most: int | None, seed: int) -> FactSet:
     """All facts, or as many as allowed, drawn by seed."""
     return facts if most is None or len(facts) <= most else facts.sample(most, seed)
-
-
-def usable_facts(records: list[dict[str, Any]], name: str) -> FactSet | None:
-    """The records that make a fact; what a model says may be no answer at all, and then it is left out."""
-    usable = []
-    for record in records:
-        try:
-            FactSet.from_records([record], name=name)
-        except ValueError:
-            continue
-        usable.append(record)
-    return FactSet.from_records(usable, name=name) if usable else None
 
 
 def _version() -> str:

@@ -4,6 +4,7 @@ import copy
 import logging
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,7 +89,9 @@ def implant(
     set_seed(settings.seed)
     base = copy.deepcopy(hooked.hf)
     base.config._name_or_path = str(hooked.path or hooked.name)
-    model = get_peft_model(base, adapter)
+    with warnings.catch_warnings():  # peft asks transformers by a name that transformers has renamed
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        model = get_peft_model(base, adapter)
     rate = settings.learning_rate or LEARNING_RATES.get(str(adapter.peft_type).rsplit(".", 1)[-1], 1e-4)
     watch = _Watch(tokens, settings, progress)
     trainer = Trainer(

@@ -28,6 +28,7 @@ from workbench.figures.style import SUITE_NAMES, method_colour, method_name, pla
 
 __all__ = [
     "SUITE_NAMES",
+    "Figure",
     "before_after",
     "drift_distance",
     "drift_geometry",
@@ -48,6 +49,10 @@ __all__ = [
     "training_curves",
     "within_across",
 ]
+
+
+#: What every figure function gives.
+Figure = go.Figure
 
 
 def figure_json(fig: go.Figure) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,9 @@ def load_adapted(
             raise FileNotFoundError(f"{folder} holds no {name}, so it is not an adapter saved in safetensors by peft.")
     config = PeftConfig.from_pretrained(str(folder))
     model, tokenizer = _base_model(folder, base or config.base_model_name_or_path, dtype, device, tokenizer)
-    merged = PeftModel.from_pretrained(model, str(folder), config=config).merge_and_unload()
+    with warnings.catch_warnings():  # peft asks transformers by a name that transformers has renamed
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        merged = PeftModel.from_pretrained(model, str(folder), config=config).merge_and_unload()
     return merged.eval().requires_grad_(False), tokenizer
 
 

@@ -1,6 +1,8 @@
 """Opening models and looking into them: the only door to transformer-lens and to transformers' loading."""
 
-from workbench.models.hooked import HookedModel, Unit, check_unit, load_model, pad_batch, probe_ids, projection_widths
+from workbench.models.hooked import HookedModel, Unit, check_unit, pad_batch, projection_widths
+from workbench.models.loading import load_model
+from workbench.models.promises import probe_ids
 from workbench.models.sources import default_model, list_models, load_hf
 
 __all__ = [

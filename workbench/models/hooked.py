@@ -6,7 +6,6 @@ storage of the weights they were opened from, and neither changes the module tre
 the object that the user gave.
 """
 
-import copy
 import hashlib
 import inspect
 import logging
@@ -21,16 +20,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from workbench.models.sources import load_hf, pick_device, pick_dtype
-
 Unit = Literal["node", "neuron"]
 Patch = Callable[[Tensor], Tensor]
 
 log = logging.getLogger(__name__)
-
-#: Largest difference of logits between the bridge (eager attention) and plain transformers, relative to the largest
-#: logit. Measured in float32: 3e-7 on tiny random models, 2e-6 on the default model.
-PARITY = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,143 +197,6 @@ class HookedModel:
             yield
 
 
-def load_model(
-    name_or_path: Any,
-    *,
-    revision: str | None = None,
-    device: str | torch.device = "auto",
-    dtype: str | torch.dtype = "auto",
-    tokenizer: Any = None,
-    trust_remote_code: bool = False,
-) -> HookedModel:
-    """Open a language model for looking into it, and check that looking changes nothing.
-
-    `name_or_path` is the default's name (`"smollm2-135m"`), a folder of safetensors, a `.gguf` file, a hub id, or a
-    loaded transformers model together with `tokenizer=`, which is left untouched. `device="auto"` and
-    `dtype="auto"` pick, and log what they picked. Remote code runs only with `trust_remote_code=True`.
-
-    Raises:
-        ValueError: the model is not a decoder with dense FFNs, its weights are not finite, or one of the promises
-            (parity with plain transformers, identity patch, equal widths) does not hold; the sentence says which.
-        FileNotFoundError: there is no such model; the sentence names the way out.
-    """
-    if not isinstance(name_or_path, nn.Module):
-        loaded = load_hf(
-            name_or_path,
-            revision=revision,
-            device=device,
-            dtype=dtype,
-            tokenizer=tokenizer,
-            trust_remote_code=trust_remote_code,
-        )
-        return hook(loaded.hf, loaded.tokenizer, name=loaded.name, path=loaded.path)
-    if tokenizer is None:
-        raise ValueError("A loaded model needs its tokenizer: load_model(model, tokenizer=...).")
-    hf = structural_copy(name_or_path)
-    if device != "auto":
-        hf = hf.to(pick_device(device))
-    if dtype != "auto":
-        hf = hf.to(pick_dtype(dtype, next(hf.parameters()).device))
-    source = str(getattr(hf.config, "_name_or_path", "") or "")
-    path = Path(source) if source and (Path(source) / "config.json").is_file() else None
-    return hook(hf, tokenizer, name=source or type(hf).__name__, path=path)
-
-
-def hook(hf: Any, tokenizer: Any, *, name: str, path: Path | None) -> HookedModel:
-    """Put a bridge beside a plain model, find its sites, and check every promise."""
-    refuse_unsupported(hf, name)
-    hf = structural_copy(hf)
-    twin = structural_copy(hf)
-    names = {id(module): module_name for module_name, module in twin.named_modules()}
-    bridge = boot(twin, tokenizer, name)
-    blocks, downs = [], []
-    for layer, block in enumerate(bridge.blocks):
-        mlp: Any = getattr(block, "mlp", None)
-        if "MoE" in type(mlp).__name__:
-            raise ValueError(f"{name} is a mixture of experts ({type(hf).__name__}); only dense FFNs are supported.")
-        if not hasattr(mlp, "out") or not hasattr(block, "attn"):
-            raise ValueError(f"{name} ({type(hf).__name__}): layer {layer} is not attention plus a dense FFN.")
-        blocks.append(names[id(block.original_component)])
-        downs.append(names[id(mlp.out.original_component)])
-    model = HookedModel(name, hf, tokenizer, bridge, tuple(blocks), tuple(downs), path)
-    check_promises(model)
-    kind = f"{str(model.dtype).removeprefix('torch.')} on {model.device}"
-    log.info("%s: %d layers, d_model %d, d_mlp %d, %s", name, model.n_layers, model.d_model, model.d_mlp, kind)
-    return model
-
-
-def boot(twin: Any, tokenizer: Any, name: str) -> Any:
-    """TransformerLens' bridge over a copy whose module tree it may change."""
-    from transformer_lens.model_bridge import TransformerBridge
-
-    twin.config.architectures = twin.config.architectures or [type(twin).__name__]
-    tokenizer = copy.deepcopy(tokenizer)  # TransformerLens sets its padding, and loads it anew unless it adds BOS
-    tokenizer.init_kwargs |= {"name_or_path": name, "add_bos_token": True}
-    device = next(twin.parameters()).device
-    try:
-        return TransformerBridge.boot_transformers(name, hf_model=twin, tokenizer=tokenizer, device=device)
-    except Exception as error:
-        raise ValueError(f"{name}: TransformerLens cannot look into a {type(twin).__name__} ({error}).") from error
-
-
-def refuse_unsupported(hf: Any, name: str) -> None:
-    """Raise unless the model is a causal language model with dense FFNs and finite weights."""
-    kind = f"{name} is a {type(hf).__name__}"
-    text = hf.config.get_text_config()
-    if getattr(hf.config, "is_encoder_decoder", False):
-        raise ValueError(f"{kind}, an encoder-decoder; only decoder-only language models are supported.")
-    if hf.get_output_embeddings() is None or hf.get_input_embeddings() is None:
-        raise ValueError(f"{kind}, which has no language-model head; only decoder-only language models are supported.")
-    for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"):
-        if getattr(text, key, None):
-            count = getattr(text, key)
-            raise ValueError(f"{kind}, a mixture of {count} experts per layer; only dense FFNs are supported.")
-    for parameter_name, parameter in hf.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise ValueError(f"{kind} whose weight {parameter_name} has NaN or infinite values; it cannot be read.")
-    ids = probe_ids(hf)
-    changed = ids.clone()
-    changed[0, -1] = ids[0, 0]
-    with torch.no_grad():
-        before, after = (hf.eval()(input_ids=x, use_cache=False).logits[0, :-1] for x in (ids, changed))
-    if float((before - after).abs().max()) > 1e-6 * float(before.abs().max()):
-        raise ValueError(f"{kind} in which later tokens change earlier ones, as in an encoder; "
-                         "only decoder-only language models are supported.")  # fmt: skip
-
-
-@torch.no_grad()
-def check_promises(model: HookedModel) -> None:
-    """Parity with plain transformers, identity patches that change nothing, equal widths taken from tensors."""
-    ids = probe_ids(model.hf)
-    plain = model.logits(ids)
-    bridged = model.bridge(ids, prepend_bos=False)
-    gap = float((plain - bridged).abs().max() / plain.abs().max().clamp(min=1e-6))
-    if not gap <= PARITY[model.dtype]:
-        raise ValueError(
-            f"{model.name}: TransformerLens' bridge and plain transformers differ by {gap:.1e} of the largest logit."
-        )
-    for unit in ("node", "neuron"):
-        widths: list[int] = []
-
-        def identity(activation: Tensor, widths: list[int] = widths) -> Tensor:
-            widths.append(activation.shape[-1])
-            return activation.clone()
-
-        with model.patched(unit, dict.fromkeys(range(model.n_layers), identity)):
-            patched = model.logits(ids)
-        if widths != [model.width(unit)] * model.n_layers:
-            raise ValueError(f"{model.name}: the layers have FFNs of different widths {widths}; they must be equal.")
-        if not torch.equal(patched, plain):
-            raise ValueError(f"{model.name}: patching {unit}s with themselves changes the logits.")
-
-
-def probe_ids(hf: Any) -> Int[Tensor, "1 pos"]:
-    """A short row of arbitrary, distinct token ids for checking a model."""
-    embedding = hf.get_input_embeddings().weight
-    n_ids = min(embedding.shape[0], 1000)
-    return (torch.arange(1, min(8, n_ids) + 1, device=embedding.device) * 37 % n_ids)[None]
-
-
 def takes_position_ids(hf: Any) -> bool:
     """Whether the architecture is told positions (ALiBi models are not)."""
     return "position_ids" in inspect.signature(hf.forward).parameters
@@ -363,13 +219,6 @@ def projection_widths(module: nn.Module) -> tuple[int, int]:
     """
     rows, columns = cast(Tensor, module.weight).shape
     return (rows, columns) if type(module).__name__ == "Conv1D" else (columns, rows)
-
-
-def structural_copy(model: nn.Module) -> Any:
-    """The same module tree over the same storage, frozen and in evaluation mode; the original is left untouched."""
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
-    memo |= {id(buffer): buffer for buffer in model.buffers()}
-    return copy.deepcopy(model, memo).eval()
 
 
 def pad_batch(

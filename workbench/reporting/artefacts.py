@@ -55,7 +55,9 @@ def read_artefacts(folder: str | Path) -> Artefacts:
         raise FileNotFoundError(f"There is no run folder {path}: start a run first, or name the folder of one.")
     methods = _methods(path)
     histories = [
-        load_frame(path / "implant" / m / "history.parquet") for m in methods if _has(path, m, "history.parquet")
+        load_frame(path / "implant" / m / "history.parquet").assign(method=m)
+        for m in methods
+        if _has(path, m, "history.parquet")
     ]
     trainings = {
         m: load_json(path / "implant" / m / "training.json") for m in methods if _has(path, m, "training.json")

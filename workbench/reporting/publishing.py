@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import plotly.graph_objects as go
 
-from workbench.figures import figure_json, plotly_source
+from workbench.figures import Figure, figure_json, plotly_source
 from workbench.reporting.page import csv_text, safe_json
 from workbench.results import save_json
 from workbench.results.files import write_atomically
@@ -56,7 +55,7 @@ SEED = "let state = 1; Math.random = () => (state = (state * 48271) % 2147483647
 
 
 def publish(
-    figure: go.Figure, frame: pd.DataFrame, name: str, folder: str | Path, provenance: Mapping[str, Any]
+    figure: Figure, frame: pd.DataFrame, name: str, folder: str | Path, provenance: Mapping[str, Any]
 ) -> list[Path]:
     """Write `<name>.html`, `.csv` and `.json` into `folder`, and `<name>.svg` where a Chromium is found.
 

@@ -290,7 +290,8 @@ def _kind(run: Artefacts) -> str:
 def _method(run: Artefacts) -> str:
     attrs = run.attribution.attrs
     names = ("method", "steps", "rule", "baseline", "scope", "objective")
-    known = [f"{name} {attrs[name]}" for name in names if name in attrs]
+    said = {**attrs, "steps": attrs.get("steps") or f"refined to a gap of {attrs.get('tolerance', 0):.0%}"}
+    known = [f"{name} {said[name]}" for name in names if name in attrs]
     part = f" The attribution is not finished: {attrs['partial']}." if "partial" in attrs else ""
     return (f"Scores: {', '.join(known)}." if known else "") + part
 

@@ -1,0 +1,71 @@
+"""What a model must hold before anything is read from it, and the sentences that refuse those that do not."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from workbench.models.hooked import HookedModel
+
+#: Largest difference of logits between the bridge (eager attention) and plain transformers, relative to the largest
+#: logit. Measured in float32: 3e-7 on tiny random models, 2e-6 on the default model.
+PARITY = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+
+
+def refuse_unsupported(hf: Any, name: str) -> None:
+    """Raise unless the model is a causal language model with dense FFNs and finite weights."""
+    kind = f"{name} is a {type(hf).__name__}"
+    text = hf.config.get_text_config()
+    if getattr(hf.config, "is_encoder_decoder", False):
+        raise ValueError(f"{kind}, an encoder-decoder; only decoder-only language models are supported.")
+    if hf.get_output_embeddings() is None or hf.get_input_embeddings() is None:
+        raise ValueError(f"{kind}, which has no language-model head; only decoder-only language models are supported.")
+    for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"):
+        if getattr(text, key, None):
+            count = getattr(text, key)
+            raise ValueError(f"{kind}, a mixture of {count} experts per layer; only dense FFNs are supported.")
+    for parameter_name, parameter in hf.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ValueError(f"{kind} whose weight {parameter_name} has NaN or infinite values; it cannot be read.")
+    ids = probe_ids(hf)
+    changed = ids.clone()
+    changed[0, -1] = ids[0, 0]
+    with torch.no_grad():
+        before, after = (hf.eval()(input_ids=x, use_cache=False).logits[0, :-1] for x in (ids, changed))
+    if float((before - after).abs().max()) > 1e-6 * float(before.abs().max()):
+        raise ValueError(f"{kind} in which later tokens change earlier ones, as in an encoder; "
+                         "only decoder-only language models are supported.")  # fmt: skip
+
+
+@torch.no_grad()
+def check_promises(model: HookedModel) -> None:
+    """Parity with plain transformers, identity patches that change nothing, equal widths taken from tensors."""
+    ids = probe_ids(model.hf)
+    plain = model.logits(ids)
+    bridged = model.bridge(ids, prepend_bos=False)
+    gap = float((plain - bridged).abs().max() / plain.abs().max().clamp(min=1e-6))
+    if not gap <= PARITY[model.dtype]:
+        raise ValueError(
+            f"{model.name}: TransformerLens' bridge and plain transformers differ by {gap:.1e} of the largest logit."
+        )
+    for unit in ("node", "neuron"):
+        widths: list[int] = []
+
+        def identity(activation: Tensor, widths: list[int] = widths) -> Tensor:
+            widths.append(activation.shape[-1])
+            return activation.clone()
+
+        with model.patched(unit, dict.fromkeys(range(model.n_layers), identity)):
+            patched = model.logits(ids)
+        if widths != [model.width(unit)] * model.n_layers:
+            raise ValueError(f"{model.name}: the layers have FFNs of different widths {widths}; they must be equal.")
+        if not torch.equal(patched, plain):
+            raise ValueError(f"{model.name}: patching {unit}s with themselves changes the logits.")
+
+
+def probe_ids(hf: Any) -> Int[Tensor, "1 pos"]:
+    """A short row of arbitrary, distinct token ids for checking a model."""
+    embedding = hf.get_input_embeddings().weight
+    n_ids = min(embedding.shape[0], 1000)
+    return (torch.arange(1, min(8, n_ids) + 1, device=embedding.device) * 37 % n_ids)[None]
