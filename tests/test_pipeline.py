@@ -195,3 +195,7 @@ def test_a_model_that_knows_nothing_is_said_so(inputs: dict[str, str], tmp_path:
     nonsense = FACTS.filter(ids=["france", "kenya"]).save(tmp_path / "nonsense.jsonl")
     with pytest.raises(ValueError, match="knows 0 of the 2 facts"):
         wb.run(config(inputs, tmp_path / "run", retained=str(nonsense)), progress=False)
+
+
+def test_the_page_is_written_again_from_what_a_run_gives(finished: Path) -> None:
+    assert wb.report(wb.RunDir(finished)) == wb.report(str(finished)) == finished / "report.html"

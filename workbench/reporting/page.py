@@ -3,6 +3,7 @@
 import base64
 import json
 import logging
+import os
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -28,12 +29,12 @@ HEADLINES = 6
 SHOWN = ("model", "versions", "packages", "stages", "command")  # of the provenance, in places of their own
 
 
-def report(run_dir: str | Path) -> Path:
+def report(run_dir: str | os.PathLike[str]) -> Path:
     """Write `report.html` into a run folder and return its path; stages that have not run are left out with a sentence.
 
     Raises `FileNotFoundError` for a folder without results and `ValueError` for an unreadable artefact.
     """
-    folder = Path(getattr(run_dir, "path", run_dir))
+    folder = Path(run_dir)
     run = read_artefacts(folder)
     parts = sections(run)
     page = _environment().get_template("page.html").render(_context(run, parts))

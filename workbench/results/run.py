@@ -42,6 +42,9 @@ class RunDir:
 
     path: Path
 
+    def __fspath__(self) -> str:
+        return os.fspath(self.path)
+
     def file(self, name: str) -> Path:
         """Return the path of a file or folder inside the run, for example `file("implant/loki/history.parquet")`."""
         parts = PurePosixPath(name)
