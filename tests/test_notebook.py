@@ -89,7 +89,7 @@ def test_the_tour_runs_and_shows_its_figures() -> None:
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert not [out for cell in cells for out in cell.outputs if out.output_type == "error"]
     noise = [out.text for cell in cells for out in cell.outputs if out.get("name") == "stderr"]
-    assert not [text for text in noise if "Warning" in text and "IProgress" not in text]  # bars without ipywidgets
+    assert not [text for text in noise if "Warning" in text]
     drawing = [cell for cell in cells if cell.source.splitlines()[-1].startswith("figures.")]
     assert len(drawing) >= 8
     for cell in drawing:

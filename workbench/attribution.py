@@ -16,7 +16,7 @@ import torch
 import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from workbench.engine import Batch, Clean, check_engine, clean_gradients, make_batch, run_clean
 from workbench.facts import FactSet, TokenisedFact

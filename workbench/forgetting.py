@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from workbench.facts import FactSet
 from workbench.metrics import kl, logprob

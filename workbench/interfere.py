@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 from jaxtyping import Bool, Float
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from workbench.facts import FactSet
 from workbench.models import HookedModel

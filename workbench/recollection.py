@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from workbench.facts import FactSet, TokenisedFact
 from workbench.metrics import logprob, margin, rank

@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from workbench.facts import FactSet, TokenisedFact
 from workbench.models import HookedModel, pad_batch

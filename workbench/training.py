@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from workbench.config import TrainConfig
