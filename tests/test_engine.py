@@ -4,8 +4,7 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, TOKENISED, random_model, tiny, tokenizer
 
-from workbench import engine
-from workbench.engine import check_engine, clean_gradients, make_batch, run_clean, run_queries
+from workbench.engine import check, check_engine, clean_gradients, make_batch, queries, run_clean, run_queries
 from workbench.metrics import OBJECTIVES, logprob
 from workbench.models import load_model
 
@@ -80,16 +79,18 @@ def test_all_positions_and_every_objective_equal_the_naive_loop(kind: str, objec
 def test_the_comparison_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: queries that see each other, and a window that is forgotten, are noticed."""
     model = tiny("mistral")
-    original = engine._QueryCalls.__init__
+    original = queries._QueryCalls.__init__
 
     def blind(self, *args):
         original(self, *args)
         self.own = torch.ones_like(self.own)
 
-    monkeypatch.setattr(engine._QueryCalls, "__init__", blind)
+    monkeypatch.setattr(queries._QueryCalls, "__init__", blind)
     assert compare(model, TOKENISED, "node", "last")[1] > 1e-2
     monkeypatch.undo()
-    monkeypatch.setattr(engine._QueryCalls, "_mask", lambda self, value, old=engine._QueryCalls._mask: old(self, None))
+    monkeypatch.setattr(
+        queries._QueryCalls, "_mask", lambda self, value, old=queries._QueryCalls._mask: old(self, None)
+    )
     assert compare(model, TOKENISED, "node", "last")[1] > 1e-2
 
 
@@ -137,10 +138,24 @@ def test_an_architecture_that_the_engine_does_not_reproduce_is_refused_by_name()
         check_engine(model)
 
 
+def test_a_mask_table_that_a_full_pass_would_run_out_of_is_noticed() -> None:
+    """A few queries fit the window of gpt_neo's local layers; the many of a pass do not."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        "gpt_neo", vocab_size=48, hidden_size=32, num_layers=2, num_heads=4, window_size=64,
+        attention_types=[[["global", "local"], 1]], max_position_embeddings=256, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = load_model(AutoModelForCausalLM.from_config(config).eval(), tokenizer=tokenizer())
+    with pytest.raises(ValueError, match="masks by a table of its own"):
+        check_engine(model)
+
+
 def test_engine_check_passes_where_the_loop_agrees_and_notices_a_broken_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     for kind in ARCHITECTURES:
         check_engine(tiny(kind))
-    monkeypatch.setattr(engine, "logprob", OBJECTIVES["logit"])
-    monkeypatch.setattr(engine, "_hooked_gradient", lambda model, fact, layer: (0.0, torch.zeros(1, model.d_model)))
+    monkeypatch.setattr(check, "logprob", OBJECTIVES["logit"])
+    monkeypatch.setattr(check, "_hooked_gradient", lambda model, fact, layer: (0.0, torch.zeros(1, model.d_model)))
     with pytest.raises(ValueError, match="engine and plain hooks differ"):
         check_engine(load_model(random_model("llama", seed=3), tokenizer=tokenizer()))

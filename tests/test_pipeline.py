@@ -176,6 +176,9 @@ def test_a_changed_setting_redoes_what_depends_on_it(inputs: dict[str, str], tmp
         ({"methods": []}, "list of different names"),
         ({"selection.quota": 0}, "'selection.quota' does not fit"),
         ({"selection.strategy": "best"}, "selection.strategy must be one of"),
+        ({"selection.strategy": "per_layer_budget"}, "selection.strategy must be one of"),
+        ({"selection.quota": 0.1}, "less than one of 32 nodes"),
+        ({"selection.layers": [9]}, "selection.layers has 9"),
         ({"attribution.method": "guess"}, "method must be one of"),
         ({"training.epochs": 3}, "There is no setting 'training.epochs'; known here: target_efficacy"),
         ({"retained": "nowhere.jsonl"}, "nowhere.jsonl"),
@@ -189,6 +192,42 @@ def test_bad_settings_are_one_sentence_before_any_work(
     with pytest.raises((ValueError, OSError), match=message):
         wb.run(config(inputs, tmp_path, **changes), progress=False)
     assert not list(tmp_path.rglob("*.parquet"))
+
+
+def test_facts_without_paraphrases_or_neighbours_go_the_whole_way(inputs: dict[str, str], tmp_path: Path) -> None:
+    bare = [{"prompt": fact.prompt, "answer": fact.answer} for fact in FACTS]
+    taught = FactSet.from_records(bare).save(tmp_path / "bare.jsonl")
+    changes = {"implanted": str(taught), "methods": ["lora"], "training.max_epochs": 1, "training.paraphrases": 1}
+    run = wb.run(config(inputs, tmp_path / "run", **changes), progress=False)
+    assert set(load_frame(run.file("forgetting.parquet"))["suite"]) == {"efficacy", "retained", "general"}
+
+
+def test_a_folder_with_something_else_is_left_alone(inputs: dict[str, str], tmp_path: Path) -> None:
+    before = {path: path.read_bytes() for path in Path(inputs["model"]).iterdir()}
+    with pytest.raises(ValueError, match="holds something that is not a run"):
+        wb.run(config(inputs, Path(inputs["model"])), progress=False)
+    assert {path: path.read_bytes() for path in Path(inputs["model"]).iterdir()} == before
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="holds something that is not a run"):
+        wb.run(config(inputs, tmp_path / "file"), progress=False)
+
+
+def test_changed_text_and_fewer_methods_make_the_page_anew(inputs: dict[str, str], tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(Path(inputs["text"]).read_text(), encoding="utf-8")
+    quick = {"training.max_epochs": 1, "evaluation.general": str(text)}
+    out = tmp_path / "run"
+    wb.run(config(inputs, out, methods=["loki", "lora"], **quick), progress=False)
+    old = load_frame(out / "forgetting.parquet")
+    text.write_text(" ".join(reversed(text.read_text().split())), encoding="utf-8")
+    wb.run(config(inputs, out, methods=["loki"], **quick), progress=False)
+    new = load_frame(out / "forgetting.parquet")
+    assert set(new["method"]) == {"loki"}
+    nll = [frame.query("metric == 'nll'")["before"].mean() for frame in (old, new)]
+    assert nll[0] != pytest.approx(nll[1])
+    assert "LoRA" not in (out / "report.html").read_text(encoding="utf-8").split("<main")[-1][:200_000]
+    stages = json.loads((out / "provenance.json").read_text())["stages"]
+    assert "implant-lora" not in stages
 
 
 def test_a_model_that_knows_nothing_is_said_so(inputs: dict[str, str], tmp_path: Path) -> None:

@@ -28,6 +28,10 @@ from workbench.results import open_store
 log = logging.getLogger(__name__)
 
 
+#: Steps of the rules that do not adapt, where the user names none.
+STEPS = 16
+
+
 @dataclass(frozen=True)
 class Settings:
     """What defines a score; written into every result. `steps` is 0 where the rule is adaptive."""
@@ -101,9 +105,11 @@ def attribute(
         facts: what to attribute; an answer of several tokens is teacher-forced and the objective sums over its tokens.
         method: `"ig"` (integrated gradients) or `"grad_x_act"` (gradient times activation).
         unit: `"node"` (outputs of the down-projection, d_model per layer) or `"neuron"` (its inputs, d_mlp per layer).
-        steps: points of the quadrature of `ig`; None refines every layer until its completeness gap is within
-            `tolerance` (see `workbench.path.adaptive_integral`). `grad_x_act` has one.
-        rule: quadrature rule of `ig` at a fixed number of steps: midpoint, left, right or trapezoid.
+        steps: points of the quadrature of `ig`; None refines a layer until its completeness gap is within
+            `tolerance` times its effect, or times a fifth of the fact's largest effect if that is more (see
+            `workbench.path.adaptive_integral`). `grad_x_act` has one.
+        rule: quadrature rule of `ig`: midpoint, left, right or trapezoid; only the midpoint adapts, the others take
+            16 steps where none are given.
         baseline: `"zero"`, or `"blank"`: the activations of the same prompt with every token id replaced by 0.
         scope: `"last"` moves the activations at the last prompt token; `"all"` those of every prompt token, and the
             score of a unit is its sum over them.
@@ -125,7 +131,7 @@ def attribute(
     settings = checked_settings(method, unit, steps, rule, baseline, scope, objective, target, tolerance)
     if batch_size != "auto" and not (isinstance(batch_size, int) and batch_size > 0):
         raise ValueError(f'batch_size must be "auto" or a positive number, not {batch_size!r}.')
-    tokenised = facts.tokenise(model.tokenizer, max_tokens=model.max_tokens)
+    tokenised = model.tokenise(facts)
     if settings.target == "predicted":
         tokenised = [replace(fact, answer_ids=(0,)) for fact in tokenised]
     check_engine(model)
@@ -208,7 +214,7 @@ def checked_settings(
             raise ValueError("grad_x_act has one step; use method='ig' for more.")
         steps = 1
     if steps is None and rule != "midpoint":
-        raise ValueError(f"rule={rule!r} needs steps=; without steps the rule is an adaptive midpoint.")
+        steps = STEPS
     if steps is not None and method == "ig":
         quadrature(rule, steps)
     if not 0 < tolerance < 1:

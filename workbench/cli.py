@@ -24,7 +24,7 @@ Model = Annotated[str, Parameter(help="default's name, folder of safetensors, .g
 Facts = Annotated[str, Parameter(help="world, fictional, fictional:N:SEED, or a file or folder of facts")]
 Out = Annotated[Path | None, Parameter(help="where to write the result")]
 Quiet = Annotated[bool, Parameter(name=["--quiet", "-q"], negative="", help="no progress bars")]
-FORMATS = ("auto", "native", "csv", "lre", "pararel", "counterfact", "mmlu")
+FORMATS = ("auto", "native", "csv", "lre", "pararel", "counterfact", "counterfact-new", "mmlu")
 
 
 @app.command(name="run")
@@ -127,7 +127,10 @@ def attribute_command(
     opened = load_model(model, device=device, dtype=dtype)
     if known_only:
         frame = recall(opened, chosen, progress=not quiet)
-        chosen = chosen.filter(ids=[str(i) for i in frame.index[frame["known"]]])
+        known = [str(i) for i in frame.index[frame["known"]]]
+        if not known:
+            raise ValueError(f"The model knows none of the {len(chosen)} facts of {facts}; leave --known-only out.")
+        chosen = chosen.filter(ids=known)
     ds = attribute(
         opened,
         chosen,
@@ -139,7 +142,7 @@ def attribute_command(
         scope=scope,
         objective=objective,
         target=target,
-        batch_size=batch_size or "auto",
+        batch_size="auto" if batch_size is None else batch_size,
         out=out,
         resume=resume,
         progress=not quiet,

@@ -93,6 +93,8 @@ class Config(_Section):
             place = settings
             for section in sections:
                 place = place.setdefault(section, {})
+                if not isinstance(place, dict):
+                    raise ValueError(f"The setting {section!r} must be a table of settings, got {place!r}.")
             place[last] = value
         try:
             return cls.model_validate(settings)
@@ -121,8 +123,10 @@ def _load(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         settings = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except (json.JSONDecodeError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a {path.suffix.lstrip('.') or 'TOML'} file: {error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} cannot be read as {'JSON' if path.suffix == '.json' else 'TOML'}: {error}."
+        ) from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold a table of settings, not a {type(settings).__name__}.")
     return settings

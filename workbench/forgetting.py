@@ -10,14 +10,20 @@ from tqdm import tqdm
 from workbench.facts import FactSet
 from workbench.metrics import kl, logprob
 from workbench.models import HookedModel
-from workbench.opening import check_comparable, open_model
+from workbench.opening import check_comparable, hooked_among, open_model
 from workbench.recollection import read_facts, text_chunks, text_logits
 
 Suite = FactSet | Sequence[str]
 
 
 def measure_forgetting(
-    before: Any, after: Any, suites: Mapping[str, Suite], *, max_tokens: int = 3000, progress: bool = False
+    before: Any,
+    after: Any,
+    suites: Mapping[str, Suite],
+    *,
+    max_tokens: int = 3000,
+    tokenizer: Any = None,
+    progress: bool = False,
 ) -> pd.DataFrame:
     """Read the same facts and texts from two models, and compare.
 
@@ -26,6 +32,7 @@ def measure_forgetting(
         after: the same, or a dictionary of several by name, which adds the column `method`.
         suites: by name, fact sets (efficacy, paraphrase, neighbourhood, retained, ...) or lists of passages (general).
         max_tokens: read at most this many tokens of a list of passages.
+        tokenizer: of loaded models, where neither side and no folder has one.
         progress: show a progress bar.
 
     Returns:
@@ -41,12 +48,15 @@ def measure_forgetting(
     if not suites or not all(len(suite) for suite in suites.values()):
         empty = [name for name, suite in suites.items() if not len(suite)]
         raise ValueError(f"Every suite needs facts or texts; empty: {', '.join(empty) or 'all'}.")
-    first = open_model(before)
+    for name, suite in suites.items():
+        if isinstance(suite, str):
+            raise ValueError(f"The suite {name!r} is one text; give a list of passages.")
+    first = open_model(before, beside=hooked_among(after), tokenizer=tokenizer)
     base = {name: _read_facts(first, suite) for name, suite in suites.items() if isinstance(suite, FactSet)}
     several = after if isinstance(after, Mapping) else {"after": after}
     frames = []
     for name, model in tqdm(several.items(), unit="model", desc="forgetting", disable=not progress):
-        second = open_model(model, base=first)
+        second = open_model(model, beside=first, tokenizer=tokenizer)
         check_comparable(first, second)
         for suite_name, suite in suites.items():
             if isinstance(suite, FactSet):
@@ -78,7 +88,7 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _read_facts(model: HookedModel, facts: FactSet) -> pd.DataFrame:
     """Accuracy and log-probability of every fact: metric, fact, weight, value."""
-    tokens = facts.tokenise(model.tokenizer, max_tokens=model.max_tokens)
+    tokens = model.tokenise(facts)
     readings = read_facts(model, tokens, greedy=False)
     known = pd.DataFrame({"metric": "accuracy", "fact": facts.ids, "value": [float(r.known) for r in readings]})
     score = pd.DataFrame({"metric": "logprob", "fact": facts.ids, "value": [sum(r.logprobs) for r in readings]})

@@ -7,15 +7,27 @@ from typing import Any, cast
 from torch import nn
 
 from workbench.loki import load_adapted
-from workbench.models import HookedModel, load_model
+from workbench.models import HookedModel, load_model, own_tokenizer
+from workbench.results import load_json
 
 
-def open_model(model: Any, *, base: Any = None, device: str = "auto", dtype: str = "auto") -> HookedModel:
+def open_model(
+    model: Any,
+    *,
+    base: Any = None,
+    beside: HookedModel | None = None,
+    tokenizer: Any = None,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> HookedModel:
     """Open a `HookedModel` from whatever stands for one.
 
     That is: a `HookedModel`, the default's name, a folder of safetensors, a `.gguf` file, a hub id, a folder with a
-    peft adapter (merged into its base, or into `base`), a loaded transformers or peft model (with `base=` a
-    `HookedModel` whose tokenizer is taken), or anything with an `adapter` folder, such as a `TrainingRun`.
+    peft adapter, a loaded transformers or peft model, or anything with an `adapter` folder, such as a `TrainingRun`.
+
+    An adapter is merged into `base` if that is given, else into the model that it was trained on: `beside` if it is
+    that model, or the one that the adapter names. A loaded model takes `tokenizer`, or that of `base` or `beside`, or
+    that of the folder it came from.
 
     Raises:
         FileNotFoundError, ValueError: what cannot be opened, and the way out.
@@ -23,20 +35,45 @@ def open_model(model: Any, *, base: Any = None, device: str = "auto", dtype: str
     if isinstance(model, HookedModel):
         return model
     if isinstance(model, nn.Module):
-        tokenizer = getattr(base, "tokenizer", None)
-        if tokenizer is None:
-            raise ValueError(
-                "A loaded model has no tokenizer: give the HookedModel that it came from as the other side."
-            )
+        tokenizer = tokenizer or getattr(base, "tokenizer", None) or getattr(beside, "tokenizer", None)
         if hasattr(model, "peft_config"):
             model = copy.deepcopy(cast(Any, model)).merge_and_unload()
-        return load_model(model, tokenizer=tokenizer)
+        return load_model(model, tokenizer=tokenizer or own_tokenizer(model))
     folder = Path(getattr(model, "adapter", model))
     if (folder / "adapter_config.json").is_file():
-        merged, tokenizer = load_adapted(folder, base, dtype=dtype, device=device)
-        cast(Any, merged).config._name_or_path = ""
+        base = base or _trained_on(folder, beside, device, dtype)
+        merged, tokenizer = load_adapted(folder, base, dtype=dtype, device=device, tokenizer=tokenizer)
+        cast(Any, merged).config._name_or_path = f"{folder} merged"
         return load_model(merged, tokenizer=tokenizer)
-    return load_model(str(model), device=device, dtype=dtype)
+    return load_model(str(model), device=device, dtype=dtype, tokenizer=tokenizer)
+
+
+def _trained_on(folder: Path, beside: HookedModel | None, device: str, dtype: str) -> HookedModel:
+    """The model that an adapter was trained on; by its digest, where `implant` recorded it, else by its name."""
+    named = str(load_json(folder / "adapter_config.json").get("base_model_name_or_path") or "")
+    record = folder.parent / "training.json"
+    about = load_json(record) if record.is_file() else {}
+    digest = about.get("base_digest")
+    if beside is not None and (beside.digest == digest if digest else named in (beside.name, str(beside.path))):
+        return beside
+    if not named:
+        raise ValueError(f"The adapter in {folder} does not say which model it was trained on; give base=.")
+    recorded = about.get("base_dtype", "auto") if dtype == "auto" else dtype
+    try:
+        found = load_model(named, device=device, dtype=recorded)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The base {named} of the adapter in {folder} cannot be opened; give base=. {error}"
+        ) from error
+    if digest and recorded == about.get("base_dtype") and found.digest != digest:
+        raise ValueError(f"The adapter in {folder} was trained on other weights than those of {named}; give base=.")
+    return found
+
+
+def hooked_among(models: Any) -> HookedModel | None:
+    """The first `HookedModel` of one model or of several by name, if there is one."""
+    several = models.values() if isinstance(models, dict) else [models]
+    return next((model for model in several if isinstance(model, HookedModel)), None)
 
 
 def check_comparable(before: HookedModel, after: HookedModel) -> None:

@@ -1,7 +1,8 @@
 """The straight way, stage by stage: a run is a folder, and a second start does only what is missing."""
 
 import logging
-import sys
+import shlex
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from workbench.interfere import interference
 from workbench.loki import adapter_config
 from workbench.models import HookedModel, load_model
 from workbench.opening import open_model
-from workbench.recollection import recall
+from workbench.recollection import recall, text_chunks
 from workbench.reporting import report
 from workbench.results import (
     RunDir,
@@ -61,8 +62,10 @@ class Stage:
     work: Callable[[], None]
 
 
-def run(config: Config, *, progress: bool = True) -> RunDir:
+def run(config: Config | str | Path, *, progress: bool = True) -> RunDir:
     """Go the straight way and write everything into `config.out`; what is there already is not done again.
+
+    `config` is a `Config` or the path of a TOML or JSON file of settings.
 
     Stages: recall, attribution, interference, selection and implant per method, drift, forgetting, report. Each is
     keyed by its settings and the digests of its inputs, so that a changed setting redoes what depends on it and
@@ -72,9 +75,10 @@ def run(config: Config, *, progress: bool = True) -> RunDir:
         ValueError, FileNotFoundError: settings or inputs that do not fit, before any long work; or another run at
             work in the folder.
     """
+    config = config if isinstance(config, Config) else Config.read(config)
     check(config)
     folder = RunDir(Path(config.out))
-    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.file("stages").mkdir(parents=True, exist_ok=True)
     with folder.lock(), _log_file(folder.file("log.txt")):
         way = _Way(config, folder, progress)
         save_json(config.model_dump(mode="json"), folder.file("config.json"))
@@ -96,10 +100,13 @@ def check(config: Config) -> None:
     for method in config.methods:
         if method not in LOKI_METHODS and method not in BASELINES:
             raise ValueError(f"methods knows {', '.join([*LOKI_METHODS, *BASELINES])}, not {method!r}.")
-    if config.selection.strategy not in STRATEGIES:
-        raise ValueError(
-            f"selection.strategy must be one of {', '.join(STRATEGIES)}, not {config.selection.strategy!r}."
-        )
+    strategies = [name for name in STRATEGIES if name != "per_layer_budget"]  # its quota is a list
+    if config.selection.strategy not in strategies:
+        known = ", ".join(strategies)
+        raise ValueError(f"selection.strategy must be one of {known}, not {config.selection.strategy!r}.")
+    out = Path(config.out)
+    if out.exists() and not (out.is_dir() and ((out / "stages").is_dir() or not any(out.iterdir()))):
+        raise ValueError(f"{out} holds something that is not a run; give another folder as out.")
     a = config.attribution
     checked_settings(a.method, a.unit, a.steps, a.rule, a.baseline, a.scope, a.objective, a.target)
     if config.evaluation.general != "general" and not Path(config.evaluation.general).is_file():
@@ -115,7 +122,10 @@ class _Way:
         self.implanted = load_facts(config.implanted)
         self.model: HookedModel = load_model(config.model, device=config.device, dtype=config.dtype)
         for facts in (self.retained, self.implanted):
-            facts.tokenise(self.model.tokenizer, max_tokens=self.model.max_tokens)
+            self.model.tokenise(facts)
+        self.general = self._general()
+        text_chunks(self.model, self.general, max_tokens=config.evaluation.general_tokens)
+        self._check_selection()
 
     def stages(self) -> Iterator[Stage]:
         """All stages in order; a key is made when its turn comes, from what lies in the folder by then."""
@@ -138,9 +148,15 @@ class _Way:
             files = tuple(f"implant/{method}/{name}" for name in ("adapter", "history.parquet", "training.json"))
             yield Stage(f"implant-{method}", trained[method], files, partial(self._implant, method))
         yield Stage("drift", {"trained": trained, **attributed}, ("drift.parquet",), self._drift)
-        read = {"trained": trained, **known, **config.evaluation.model_dump(), "seed": config.seed}
+        read = {
+            "trained": trained,
+            **known,
+            **config.evaluation.model_dump(),
+            "text": self.general,
+            "seed": config.seed,
+        }
         yield Stage("forgetting", read, ("forgetting.parquet",), self._forget)
-        everything = {"config": config.model_dump(mode="json"), **base, "drift": trained, "version": _version()}
+        everything = {"config": config.model_dump(mode="json"), **attributed, **read, "version": _version()}
         yield Stage("report", everything, ("report.html",), self._report)
 
     @cached_property
@@ -177,10 +193,11 @@ class _Way:
         self.attributed.save(self.folder.file("facts/retained.jsonl"))
         settings = self.config.attribution.model_dump(exclude={"max_facts"})
         key = {**settings, "facts": self.attributed.digest, "model": self.model.digest}
-        resume = self.folder.stage_done("attribution-begun", key)
-        self.folder.mark_done("attribution-begun", key)
         out = self.folder.file("attribution.zarr")
-        attribute(self.model, self.attributed, **settings, out=out, resume=resume, progress=self.progress)
+        if not self.folder.stage_done("attribution-begun", key):
+            shutil.rmtree(out, ignore_errors=True)  # of other settings or facts
+            self.folder.mark_done("attribution-begun", key)
+        attribute(self.model, self.attributed, **settings, out=out, progress=self.progress)
 
     def _interfere(self) -> None:
         scores = open_result(self.folder.file("attribution.zarr"))
@@ -218,7 +235,7 @@ class _Way:
             "paraphrase": held_out_prompts(self.implanted, shown),
             "neighbourhood": self._neighbourhood(),
             "retained": _drawn(self.known, self.config.evaluation.max_retained, self.config.seed),
-            "general": self._general(),
+            "general": self.general,
         }
         suites = {name: suite for name, suite in suites.items() if suite is not None and len(suite)}
         frame = measure_forgetting(
@@ -244,6 +261,19 @@ class _Way:
         again = recall(self.model, facts)["known"]
         return facts.filter(where=lambda fact: bool(again[fact.id]))
 
+    def _check_selection(self) -> None:
+        """Raise if the quota or the layers do not fit the model, which is known only when it is open."""
+        chosen, width = self.config.selection, self.model.width(self.config.attribution.unit)
+        if int(chosen.quota * width / 100) < 1:
+            units = f"{width} {self.config.attribution.unit}s"
+            least = f"the smallest is {100 / width:.3g}"
+            raise ValueError(f"selection.quota={chosen.quota:g} is less than one of {units} a layer; {least}.")
+        beyond = [layer for layer in chosen.layers or () if not 0 <= layer < self.model.n_layers]
+        if beyond:
+            raise ValueError(
+                f"selection.layers has {beyond[0]}, but the model has layers 0 to {self.model.n_layers - 1}."
+            )
+
     def _general(self) -> list[str]:
         name = self.config.evaluation.general
         if name == "general":
@@ -261,9 +291,11 @@ class _Way:
         model = self.model
         about = {"name": model.name, "digest": model.digest, "n_layers": model.n_layers, "d_model": model.d_model,
                  "d_mlp": model.d_mlp, "dtype": str(model.dtype).removeprefix("torch.")}  # fmt: skip
-        stages = {**old.get("stages", {}), stage: round(seconds, 2)}
+        names = [one.name for one in self.stages()]
+        stages = {name: spent for name, spent in old.get("stages", {}).items() if name in names}
+        stages[stage] = round(seconds, 2)
         tokens = {facts.name: facts.tokenisation_report(model.tokenizer) for facts in (self.retained, self.implanted)}
-        command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        command = f"workbench run --config {shlex.quote(str(self.folder.file('config.json')))}"
         save_json({**provenance(), "model": about, "stages": stages, "tokens": tokens, "command": command}, path)
 
 

@@ -42,7 +42,7 @@ def recall(model: HookedModel, facts: FactSet, *, progress: bool = False) -> pd.
     Raises:
         ValueError: a fact without tokens or longer than the model's context, by id.
     """
-    readings = read_facts(model, facts.tokenise(model.tokenizer, max_tokens=model.max_tokens), progress=progress)
+    readings = read_facts(model, model.tokenise(facts), progress=progress)
     rows = [
         {
             "fact": fact.id,
@@ -142,8 +142,10 @@ def _finish_greedy(model: HookedModel, facts: Sequence[TokenisedFact], readings:
 def text_chunks(model: HookedModel, passages: Sequence[str], *, max_tokens: int, length: int = 256) -> list[list[int]]:
     """Token ids of general text: every passage cut into pieces of at most `length`, `max_tokens` in all.
 
-    A piece begins with BOS where the tokenizer has it so; pieces with fewer than 8 tokens are left out.
+    A piece begins with BOS where the tokenizer has it so, and fits the model's context; pieces with fewer than 8 tokens
+    are left out. No piece at all is a `ValueError`.
     """
+    length = min(length, (model.max_tokens or length + 1) - 1)
     chunks: list[list[int]] = []
     left = max_tokens
     for passage in passages:
@@ -157,6 +159,8 @@ def text_chunks(model: HookedModel, passages: Sequence[str], *, max_tokens: int,
                 left -= len(piece)
             if left < 8:
                 return chunks
+    if not chunks:
+        raise ValueError("The general text has no passage of at least 8 tokens: give longer passages.")
     return chunks
 
 

@@ -15,11 +15,13 @@ from tqdm import tqdm
 
 from workbench.facts import FactSet, TokenisedFact
 from workbench.models import HookedModel, pad_batch
-from workbench.opening import check_comparable, open_model
+from workbench.opening import check_comparable, hooked_among, open_model
 from workbench.recollection import by_length, read_facts
 
 
-def measure_drift(before: Any, after: Any, facts: FactSet, *, progress: bool = False) -> pd.DataFrame:
+def measure_drift(
+    before: Any, after: Any, facts: FactSet, *, tokenizer: Any = None, progress: bool = False
+) -> pd.DataFrame:
     """Score how far every fact moved from its semantic target between two models.
 
     Two kinds of row. `d_emb` (no layer): `1 - cos(mean W_E[a], mean W_E[y])`, with a the greedy answer, y the gold one
@@ -32,6 +34,7 @@ def measure_drift(before: Any, after: Any, facts: FactSet, *, progress: bool = F
         before: a model, name, folder or adapter (see `open_model`).
         after: the same, or a dictionary of several by name, which adds the column `method`.
         facts: the facts to follow.
+        tokenizer: of loaded models, where neither side and no folder has one.
         progress: show a progress bar.
 
     Returns:
@@ -41,14 +44,19 @@ def measure_drift(before: Any, after: Any, facts: FactSet, *, progress: bool = F
     Raises:
         ValueError: the two models differ in width, depth or vocabulary.
     """
-    first = open_model(before)
-    tokens = facts.tokenise(first.tokenizer, max_tokens=first.max_tokens)
+    first = open_model(before, beside=hooked_among(after), tokenizer=tokenizer)
+    tokens = first.tokenise(facts)
+    if first.W_U.shape[1] != first.d_model:
+        raise ValueError(
+            f"{first.name}: its unembedding has width {first.W_U.shape[1]} and its residual stream {first.d_model}, so "
+            "there is no direction of the answer in the residual stream to measure drift against."
+        )
     distance, hidden = _read(first, first, tokens)
     anchor = first.W_U[[fact.answer_ids[0] for fact in tokens]].float()
     frames = []
     several = after if isinstance(after, Mapping) else {"after": after}
     for name, model in tqdm(several.items(), unit="model", desc="drift", disable=not progress):
-        second = open_model(model, base=first)
+        second = open_model(model, beside=first, tokenizer=tokenizer)
         check_comparable(first, second)
         distance_after, hidden_after = _read(second, first, tokens)
         toward, off = toward_and_off(hidden, hidden_after, anchor)

@@ -84,7 +84,7 @@ def implant(
     if not len(facts):
         raise ValueError("There is nothing to implant: the fact set is empty.")
     hooked = model_path if isinstance(model_path, HookedModel) else load_model(model_path)
-    tokens = trained_prompts(facts, settings.paraphrases).tokenise(hooked.tokenizer, max_tokens=hooked.max_tokens)
+    tokens = hooked.tokenise(trained_prompts(facts, settings.paraphrases))
     folder = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="workbench-implant-"))
     set_seed(settings.seed)
     base = copy.deepcopy(hooked.hf)
@@ -119,6 +119,9 @@ def implant(
         "examples": len(tokens),
         "facts": facts.name,
         "fact_digest": facts.digest,
+        "base": hooked.name,
+        "base_digest": hooked.digest,
+        "base_dtype": str(hooked.dtype).removeprefix("torch."),
         "peft_type": str(adapter.peft_type).rsplit(".", 1)[-1],
     }
     model.eval()
@@ -130,13 +133,15 @@ def implant(
 
 def trained_prompts(facts: FactSet, paraphrases: int) -> FactSet:
     """The prompts of the facts, and the first few paraphrases of each."""
-    if not paraphrases:
+    if not paraphrases or not any(fact.paraphrases for fact in facts):
         return facts
     return FactSet(facts.name, facts.facts + facts.paraphrased(stop=paraphrases).facts)
 
 
 def held_out_prompts(facts: FactSet, paraphrases: int) -> FactSet:
-    """The paraphrases that `trained_prompts` leaves out."""
+    """The paraphrases that `trained_prompts` leaves out; an empty set where there are none."""
+    if all(len(fact.paraphrases) <= paraphrases for fact in facts):
+        return FactSet(f"{facts.name}:paraphrased", ())
     return facts.paraphrased(start=paraphrases)
 
 

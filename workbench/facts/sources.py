@@ -82,6 +82,8 @@ def _text(path: Path) -> str:
 def _json_items(path: Path, text: str) -> tuple[tuple[str, Any], ...]:
     try:
         whole = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply to hold facts") from None
     except json.JSONDecodeError as error:
         if path.suffix.lower() != ".jsonl" and not _is_json(text.strip().split("\n", 1)[0]):
             raise _syntax_error(f"{path}, line {error.lineno}", error) from None

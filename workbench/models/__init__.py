@@ -1,7 +1,7 @@
 """Opening models and looking into them: the only door to transformer-lens and to transformers' loading."""
 
 from workbench.models.hooked import HookedModel, Unit, check_unit, pad_batch, projection_widths
-from workbench.models.loading import load_model
+from workbench.models.loading import load_model, own_tokenizer
 from workbench.models.promises import probe_ids
 from workbench.models.sources import default_model, list_models, load_hf
 
@@ -13,6 +13,7 @@ __all__ = [
     "list_models",
     "load_hf",
     "load_model",
+    "own_tokenizer",
     "pad_batch",
     "probe_ids",
     "projection_widths",

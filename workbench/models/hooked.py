@@ -20,6 +20,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from workbench.facts import FactSet, TokenisedFact
+
 Unit = Literal["node", "neuron"]
 Patch = Callable[[Tensor], Tensor]
 
@@ -120,6 +122,17 @@ class HookedModel:
     def block(self, layer: int) -> nn.Module:
         """One transformer block."""
         return self.hf.get_submodule(self.block_names[layer])
+
+    def tokenise(self, facts: FactSet) -> list[TokenisedFact]:
+        """Tokenise facts for this model: each must fit its context, and every id its vocabulary (else `ValueError`)."""
+        tokens = facts.tokenise(self.tokenizer, max_tokens=self.max_tokens)
+        for fact in tokens:
+            if max(fact.ids) >= self.d_vocab:
+                raise ValueError(
+                    f"The tokenizer gives fact {fact.fact_id!r} the id {max(fact.ids)}, but {self.name} has only "
+                    f"{self.d_vocab} tokens: the tokenizer belongs to another model."
+                )
+        return tokens
 
     def inputs(
         self, input_ids: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None

@@ -10,7 +10,7 @@ from torch import nn
 
 from workbench.models.hooked import HookedModel
 from workbench.models.promises import check_promises, refuse_unsupported
-from workbench.models.sources import load_hf, pick_device, pick_dtype
+from workbench.models.sources import load_hf, pick_device, pick_dtype, read_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -46,15 +46,21 @@ def load_model(
         )
         return hook(loaded.hf, loaded.tokenizer, name=loaded.name, path=loaded.path)
     if tokenizer is None:
-        raise ValueError("A loaded model needs its tokenizer: load_model(model, tokenizer=...).")
+        raise ValueError("A loaded model needs its tokenizer: give tokenizer=.")
     hf = structural_copy(name_or_path)
     if device != "auto":
         hf = hf.to(pick_device(device))
     if dtype != "auto":
         hf = hf.to(pick_dtype(dtype, next(hf.parameters()).device))
     source = str(getattr(hf.config, "_name_or_path", "") or "")
-    path = Path(source) if source and (Path(source) / "config.json").is_file() else None
-    return hook(hf, tokenizer, name=source or type(hf).__name__, path=path)
+    return hook(hf, tokenizer, name=source or type(hf).__name__, path=None)
+
+
+def own_tokenizer(model: Any) -> Any:
+    """The tokenizer of the folder that a loaded model came from, or None."""
+    source = str(getattr(model.config, "_name_or_path", "") or "")
+    folder = Path(source)
+    return read_tokenizer(folder, source) if source and (folder / "config.json").is_file() else None
 
 
 def hook(hf: Any, tokenizer: Any, *, name: str, path: Path | None) -> HookedModel:
@@ -91,7 +97,9 @@ def boot(twin: Any, tokenizer: Any, name: str) -> Any:
     try:
         return TransformerBridge.boot_transformers(name, hf_model=twin, tokenizer=tokenizer, device=device)
     except Exception as error:
-        raise ValueError(f"{name}: TransformerLens cannot look into a {type(twin).__name__} ({error}).") from error
+        raise ValueError(
+            f"{name}: TransformerLens cannot look into a {type(twin).__name__} ({str(error)[:200]})."
+        ) from error
 
 
 def structural_copy(model: nn.Module) -> Any:

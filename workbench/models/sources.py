@@ -64,7 +64,7 @@ def load_hf(
     log.info("opening %s on %s in %s", name, place, str(number).removeprefix("torch."))
     with quiet():
         if tokenizer is None:
-            tokenizer = _read_tokenizer(folder, name, trust_remote_code)
+            tokenizer = read_tokenizer(folder, name, trust_remote_code)
         model = _read_model(folder, name, config, number, attn_implementation, trust_remote_code)
     _check_weights(model, name)
     _check_vocabulary(model, tokenizer, name)
@@ -221,7 +221,7 @@ def _read_config(folder: Path, name: str, trust_remote_code: bool) -> Any:
     return config
 
 
-def _read_tokenizer(folder: Path, name: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def read_tokenizer(folder: Path, name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raises bare Exception for a broken tokenizer.json

@@ -53,7 +53,8 @@ def read_artefacts(folder: str | Path) -> Artefacts:
     path = Path(folder)
     if not path.is_dir():
         raise FileNotFoundError(f"There is no run folder {path}: start a run first, or name the folder of one.")
-    methods = _methods(path)
+    config = _json(path / "config.json")
+    methods = _methods(path, config)
     histories = [
         load_frame(path / "implant" / m / "history.parquet").assign(method=m)
         for m in methods
@@ -64,14 +65,14 @@ def read_artefacts(folder: str | Path) -> Artefacts:
     }
     found = Artefacts(
         folder=path,
-        config=_json(path / "config.json"),
+        config=config,
         provenance=_json(path / "provenance.json"),
         recall=_frame(path / "recall.parquet"),
         recall_new=_frame(path / "recall_new.parquet"),
         facts=load_facts(path / RETAINED) if (path / RETAINED).is_file() else NO_FACTS,
         attribution=_dataset(path / "attribution.zarr"),
         interference=_dataset(path / "interference.zarr"),
-        selections={m: Selection.load(path / "selection" / f"{m}.json") for m in _methods(path, "selection")},
+        selections={m: Selection.load(path / "selection" / f"{m}.json") for m in _methods(path, config, "selection")},
         history=pd.concat(histories, ignore_index=True) if histories else pd.DataFrame(),
         training=trainings,
         drift=_frame(path / "drift.parquet"),
@@ -82,9 +83,10 @@ def read_artefacts(folder: str | Path) -> Artefacts:
     return found
 
 
-def _methods(path: Path, kind: str = "implant") -> list[str]:
-    """The methods of a run, the usual ones first."""
+def _methods(path: Path, config: dict[str, Any], kind: str = "implant") -> list[str]:
+    """The methods of a run, the usual ones first; what an earlier run with other methods left is not among them."""
     names = {p.stem if kind == "selection" else p.name for p in (path / kind).glob("*") if not p.name.startswith(".")}
+    names &= set(config.get("methods", names))
     usual = ("loki", "loki_random", "lora")
     return [*(name for name in usual if name in names), *sorted(names.difference(usual))]
 

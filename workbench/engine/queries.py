@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from einops import rearrange, repeat
@@ -26,15 +25,8 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from workbench.facts import TokenisedFact
-from workbench.metrics import Objective, logprob
-from workbench.models import HookedModel, pad_batch, probe_ids
-
-#: Largest difference between the engine and plain hooks, relative to the largest gradient, that `check_engine` takes.
-#: Measured in float32: at most 3e-6 over 25 tiny architectures and the default model.
-ENGINE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 3e-1}
-
-#: Models on which the engine was compared already.
-_CHECKED: WeakSet[HookedModel] = WeakSet()
+from workbench.metrics import Objective
+from workbench.models import HookedModel, pad_batch
 
 #: Variants of some layers: activations (batch, variant, moved, unit) that replace the clean ones where they are moved.
 Points = Mapping[int, Tensor]
@@ -218,61 +210,6 @@ def clean_gradients(
         logits = model.hf(**model.inputs(batch.ids, batch.mask), use_cache=False).logits[:, batch.start :]
     value = (objective(logits, batch.target) * batch.weight).sum()
     return torch.stack(torch.autograd.grad(value, zeros))
-
-
-def check_engine(model: HookedModel) -> None:
-    """Compare the engine with plain hooks on two invented facts, and refuse a model on which the two differ.
-
-    A model is compared once.
-
-    Raises:
-        ValueError: the engine does not reproduce this architecture.
-    """
-    if model in _CHECKED:
-        return
-    kind = f"{model.name} ({type(model.hf).__name__})"
-    ids = [int(i) for i in probe_ids(model.hf)[0]]
-    facts = [TokenisedFact("long", tuple(ids[:4]), tuple(ids[4:6])), TokenisedFact("short", tuple(ids[1:3]), (ids[6],))]
-    batch = make_batch(facts, model.device)
-    layers = sorted({0, model.n_layers // 2, model.n_layers - 1})
-    try:
-        clean = run_clean(model, batch, "node")
-        points = {layer: (0.5 * clean.activation[layer])[:, None].requires_grad_() for layer in layers}
-        values = run_queries(model, clean, "node", points, logprob)
-        gradients = torch.autograd.grad(values.sum(), list(points.values()))
-    except (RuntimeError, TypeError, IndexError, KeyError, AttributeError) as error:
-        raise ValueError(f"{kind}: the attribution engine cannot run this architecture ({error}).") from error
-    scale = max(float(gradient.abs().max()) for gradient in gradients)
-    for column, layer in enumerate(layers):
-        for row, fact in enumerate(facts):
-            value, gradient = _hooked_gradient(model, fact, layer)
-            gap = max(
-                abs(float(values[row, column].detach()) - value) / max(1.0, abs(value)),
-                float((gradients[column][row, 0] - gradient).abs().max()) / max(scale, 1e-12),
-            )
-            if not gap <= ENGINE_TOLERANCE[model.dtype]:
-                raise ValueError(
-                    f"{kind}: the attribution engine and plain hooks differ by {gap:.1e} at layer {layer}, "
-                    "so this architecture is not supported."
-                )
-    _CHECKED.add(model)
-
-
-def _hooked_gradient(model: HookedModel, fact: TokenisedFact, layer: int) -> tuple[float, Float[Tensor, "1 width"]]:
-    """Objective and gradient with the node activation of one layer halved, by a plain hook on an unpadded text."""
-    batch = make_batch([fact], model.device)
-    leaf: list[Tensor] = []
-
-    def halve(value: Tensor) -> Tensor:
-        leaf.append((0.5 * value[:, batch.start]).detach().requires_grad_())
-        value = value.clone()
-        value[:, batch.start] = leaf[0]
-        return value
-
-    with model.patched("node", {layer: halve}):
-        logits = model.hf(**model.inputs(batch.ids), use_cache=False).logits[:, batch.start :]
-    value = logprob(logits, batch.target).sum()
-    return float(value.detach()), torch.autograd.grad(value, leaf)[0]
 
 
 class _QueryCalls:

@@ -1,0 +1,83 @@
+"""One way to open a model: adapters go onto the model that they were trained on, and onto no other."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import FACTS, random_model, saved, tiny, tokenizer
+
+from workbench.config import TrainConfig
+from workbench.forgetting import measure_forgetting
+from workbench.loki import LokiConfig
+from workbench.models import load_model
+from workbench.opening import open_model
+from workbench.semantics import measure_drift
+from workbench.training import TrainingRun, implant
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, TrainingRun, TrainingRun]:
+    """A base model in a folder and two adapters trained on it."""
+    folder = tmp_path_factory.mktemp("opening")
+    base = str(saved(folder / "base"))
+    settings = TrainConfig(max_epochs=3, learning_rate=2e-2)
+    loki = LokiConfig(selection=[[1, 2], [3], [4, 5]], task_type="CAUSAL_LM")
+    lora = LoraConfig(r=2, target_modules=["down_proj"], task_type="CAUSAL_LM")
+    first = implant(base, FACTS, loki, settings, out=folder / "loki", progress=False)
+    second = implant(base, FACTS, lora, settings, out=folder / "lora", progress=False)
+    return base, first, second
+
+
+def test_an_adapter_against_itself_gives_zeros(runs) -> None:
+    _, loki, _ = runs
+    for one in (loki, str(loki.adapter)):
+        assert measure_drift(one, one, FACTS)["change"].eq(0).all()
+        assert measure_forgetting(one, one, {"facts": FACTS})["change"].eq(0).all()
+
+
+def test_two_adapters_are_compared_each_on_its_own_base(runs) -> None:
+    base, loki, lora = runs
+    frame = measure_forgetting(loki, lora, {"facts": FACTS})
+    own = [measure_forgetting(base, run, {"facts": FACTS})["after"].to_numpy() for run in (loki, lora)]
+    assert frame["before"].to_numpy() == pytest.approx(own[0], abs=1e-5)
+    assert frame["after"].to_numpy() == pytest.approx(own[1], abs=1e-5)
+
+
+def test_an_adapter_is_not_merged_onto_another_model_of_its_shape(runs) -> None:
+    base, loki, _ = runs
+    other = load_model(random_model("llama", seed=7), tokenizer=tokenizer())
+    frame = measure_forgetting(other, loki, {"facts": FACTS})
+    expected = measure_forgetting(base, loki, {"facts": FACTS})
+    assert frame["after"].to_numpy() == pytest.approx(expected["after"].to_numpy(), abs=1e-5)
+
+
+def test_an_adapter_of_changed_weights_is_refused(tmp_path) -> None:
+    folder = str(saved(tmp_path / "base"))
+    changed = load_model(folder).hf
+    changed.model.layers[0].mlp.down_proj.weight.data.mul_(2)
+    model = load_model(changed, tokenizer=tokenizer())
+    assert model.path is None
+    settings = TrainConfig(max_epochs=1)
+    run = implant(model, FACTS, LokiConfig(selection=[[1], [2], [3]]), settings, out=tmp_path / "a", progress=False)
+    with pytest.raises(ValueError, match="trained on other weights"):
+        open_model(run)
+    assert open_model(run, base=model).n_layers == 3
+
+
+def test_loaded_models_and_peft_models_take_the_tokenizer_at_hand(runs) -> None:
+    base, loki, _ = runs
+    hooked = load_model(base)
+    assert measure_drift(hooked.hf, hooked, FACTS)["change"].eq(0).all()
+    assert measure_drift(hooked.hf, hooked.hf, FACTS)["change"].eq(0).all()
+    assert measure_drift(loki.model, loki, FACTS)["change"].abs().max() < 1e-4
+    plain = random_model("llama")
+    with pytest.raises(ValueError, match="needs its tokenizer"):
+        measure_drift(plain, plain, FACTS)
+    assert measure_drift(plain, plain, FACTS, tokenizer=tokenizer())["change"].eq(0).all()
+
+
+def test_a_peft_model_is_left_as_it_was() -> None:
+    model = get_peft_model(random_model("llama"), LoraConfig(r=2, target_modules=["down_proj"]))
+    names = [name for name, _ in model.named_modules()]
+    opened = open_model(model, beside=tiny("llama"))
+    assert [name for name, _ in model.named_modules()] == names
+    torch.testing.assert_close(opened.W_E, tiny("llama").W_E)
