@@ -71,10 +71,14 @@ def test_the_first_loss_is_the_cross_entropy_of_the_answers() -> None:
 def test_the_same_seed_gives_the_same_run_and_another_does_not() -> None:
     base = tiny("gpt2")
     settings = TrainConfig(max_epochs=3, batch_size=2, learning_rate=1e-2, seed=4)
+    torch.manual_seed(11)
+    expected = torch.rand(3)
+    torch.manual_seed(11)
     first, again, other = (
         implant(base, FACTS, adapter("lora", base), settings.model_copy(update={"seed": seed}), progress=False)
         for seed in (4, 4, 5)
     )
+    assert torch.equal(torch.rand(3), expected)  # the caller's randomness is its own
     assert first.history["loss"].tolist() == again.history["loss"].tolist()
     assert first.history["loss"].tolist() != other.history["loss"].tolist()
 

@@ -2,14 +2,17 @@
 
 import copy
 import logging
+import random
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -86,25 +89,13 @@ def implant(
     hooked = model_path if isinstance(model_path, HookedModel) else load_model(model_path)
     tokens = hooked.tokenise(trained_prompts(facts, settings.paraphrases))
     folder = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="workbench-implant-"))
-    set_seed(settings.seed)
-    base = copy.deepcopy(hooked.hf)
-    base.config._name_or_path = str(hooked.path or hooked.name)
-    with warnings.catch_warnings():  # peft asks transformers by a name that transformers has renamed
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        model = get_peft_model(base, adapter)
-    rate = settings.learning_rate or LEARNING_RATES.get(str(adapter.peft_type).rsplit(".", 1)[-1], 1e-4)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give a folder as out.")
+    method = str(adapter.peft_type).rsplit(".", 1)[-1]
+    rate = settings.learning_rate or LEARNING_RATES.get(method, 1e-4)
     watch = _Watch(tokens, settings, progress)
-    trainer = Trainer(
-        model=model,
-        args=_arguments(settings, rate, hooked.device, folder),
-        train_dataset=_Examples(tokens),
-        data_collator=collate,
-        callbacks=[watch],
-    )
-    for callback in _printing_callbacks(trainer):
-        trainer.remove_callback(callback)
-    started = time.perf_counter()
-    trainer.train()
+    with own_randomness(settings.seed):
+        model, seconds = _train(hooked, tokens, adapter, _arguments(settings, rate, hooked.device, folder), watch)
     history = pd.DataFrame(watch.rows)
     summary = {
         "trainable_parameters": trainable_parameters(model),
@@ -113,7 +104,7 @@ def implant(
         "reached": watch.efficacy >= settings.target_efficacy,
         "steps": len(history),
         "epochs": int(watch.epochs),
-        "seconds": round(time.perf_counter() - started, 2),
+        "seconds": round(seconds, 2),
         "learning_rate": rate,
         "seed": settings.seed,
         "examples": len(tokens),
@@ -122,13 +113,58 @@ def implant(
         "base": hooked.name,
         "base_digest": hooked.digest,
         "base_dtype": str(hooked.dtype).removeprefix("torch."),
-        "peft_type": str(adapter.peft_type).rsplit(".", 1)[-1],
+        "peft_type": method,
     }
     model.eval()
     model.save_pretrained(str(folder / "adapter"), safe_serialization=True, save_embedding_layers=False)
+    (folder / "adapter" / "README.md").write_text(_card(summary), encoding="utf-8")
     save_frame(history, folder / "history.parquet")
     save_json(summary, folder / "training.json")
     return TrainingRun(folder / "adapter", history, summary, model)
+
+
+def _train(
+    hooked: HookedModel, tokens: Sequence[TokenisedFact], adapter: PeftConfig, args: TrainingArguments, watch: "_Watch"
+) -> tuple[PeftModel, float]:
+    """Train an adapter on a copy of the model: the trained peft model, and the seconds that it took."""
+    base = copy.deepcopy(hooked.hf)
+    base.config._name_or_path = str(hooked.path or hooked.name)
+    with warnings.catch_warnings():  # peft asks transformers by a name that transformers has renamed
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        model = get_peft_model(base, adapter)
+    trainer = Trainer(model=model, args=args, train_dataset=_Examples(tokens), data_collator=collate, callbacks=[watch])
+    for callback in _printing_callbacks(trainer):
+        trainer.remove_callback(callback)
+    started = time.perf_counter()
+    trainer.train()
+    return model, time.perf_counter() - started
+
+
+@contextmanager
+def own_randomness(seed: int) -> Iterator[None]:
+    """Seed every generator inside the `with`, and leave the caller's as they were."""
+    python, array = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        set_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(array)
+
+
+def _card(summary: dict[str, Any]) -> str:
+    """A model card in place of peft's empty template."""
+    return f"""---
+base_model: {summary["base"]}
+library_name: peft
+tags: [knowledge-workbench, {summary["peft_type"].lower()}]
+---
+A {summary["peft_type"]} adapter for `{summary["base"]}` (weights {summary["base_digest"][:12]}), trained with the
+knowledge workbench on the fact set `{summary["facts"]}`: {summary["trainable_parameters"]:,} trained numbers, {summary["steps"]}
+steps at a learning rate of {summary["learning_rate"]:g}, seed {summary["seed"]}; it answers
+{summary["efficacy"]:.0%} of the trained prompts.
+"""
 
 
 def trained_prompts(facts: FactSet, paraphrases: int) -> FactSet:
