@@ -161,9 +161,12 @@ library_name: peft
 tags: [knowledge-workbench, {summary["peft_type"].lower()}]
 ---
 A {summary["peft_type"]} adapter for `{summary["base"]}` (weights {summary["base_digest"][:12]}), trained with the
-knowledge workbench on the fact set `{summary["facts"]}`: {summary["trainable_parameters"]:,} trained numbers, {summary["steps"]}
-steps at a learning rate of {summary["learning_rate"]:g}, seed {summary["seed"]}; it answers
-{summary["efficacy"]:.0%} of the trained prompts.
+knowledge workbench.
+
+- facts: `{summary["facts"]}`, {summary["examples"]} prompts
+- trained numbers: {summary["trainable_parameters"]:,}
+- {summary["steps"]} steps, learning rate {summary["learning_rate"]:g}, seed {summary["seed"]}
+- trained prompts answered: {summary["efficacy"]:.0%}
 """
 
 
