@@ -37,6 +37,12 @@ def test_padding_on_either_side_changes_no_logits(kind: str, side: str) -> None:
         torch.testing.assert_close(padded[row][mask[row].bool()], alone, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_the_last_logits_are_those_of_all(kind: str) -> None:
+    model = tiny(kind)
+    torch.testing.assert_close(model.logits(IDS, last=2), model.logits(IDS)[:, -2:])
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "gemma3_text", "opt"])
 def test_bridge_sees_the_same_units_under_the_fields_names(kind: str) -> None:
     model = tiny(kind)

@@ -104,12 +104,11 @@ def by_length(lengths: Sequence[int]) -> Iterator[list[int]]:
 
 def _read_batch(model: HookedModel, facts: Sequence[TokenisedFact], greedy: bool) -> list[Reading]:
     """Teacher-forced readings, and the greedy continuation where it leaves the gold answer."""
-    ids, mask = pad_batch([fact.ids[:-1] for fact in facts], side="right")
-    logits = model.logits(ids, mask)
+    ids, mask = pad_batch([fact.ids[:-1] for fact in facts], side="left")
+    logits = model.logits(ids, mask, last=max(len(fact.answer_ids) for fact in facts))
     readings = []
     for row, fact in enumerate(facts):
-        start = len(fact.prompt_ids) - 1
-        own = logits[row, start : start + len(fact.answer_ids)]
+        own = logits[row, -len(fact.answer_ids) :]
         target = torch.tensor(fact.answer_ids, device=own.device)
         ranks = rank(own, target).tolist()
         readings.append(
@@ -132,7 +131,7 @@ def _finish_greedy(model: HookedModel, facts: Sequence[TokenisedFact], readings:
     """Continue greedily until every prediction has as many tokens as its answer."""
     while short := [i for i, fact in enumerate(facts) if len(readings[i].greedy) < len(fact.answer_ids)]:
         ids, mask = pad_batch([facts[i].prompt_ids + readings[i].greedy for i in short], side="left")
-        following = model.logits(ids, mask)[:, -1].argmax(-1).tolist()
+        following = model.logits(ids, mask, last=1)[:, -1].argmax(-1).tolist()
         for i, token in zip(short, following, strict=True):
             old = readings[i]
             readings[i] = Reading(old.logprobs, old.ranks, old.margin, (*old.greedy, token))

@@ -147,10 +147,21 @@ class HookedModel:
 
     @torch.no_grad()
     def logits(
-        self, input_ids: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None
-    ) -> Float[Tensor, "batch pos d_vocab"]:
-        """Next-token logits at every position, equal to plain transformers' on the unpadded text."""
-        return self.hf(**self.inputs(input_ids, attention_mask), use_cache=False).logits
+        self,
+        input_ids: Int[Tensor, "batch pos"],
+        attention_mask: Int[Tensor, "batch pos"] | None = None,
+        *,
+        last: int | None = None,
+    ) -> Float[Tensor, "batch kept d_vocab"]:
+        """Next-token logits at every position, equal to plain transformers' on the unpadded text.
+
+        With `last`, only at that many last positions, which spares the others their unembedding.
+        """
+        options: dict[str, Any] = {"use_cache": False}
+        if last is not None and "logits_to_keep" in inspect.signature(self.hf.forward).parameters:
+            options["logits_to_keep"] = last
+        logits = self.hf(**self.inputs(input_ids, attention_mask), **options).logits
+        return logits if last is None else logits[:, -last:]
 
     @torch.no_grad()
     def resid_post(
