@@ -1,0 +1,31 @@
+"""The `workbench` command: the same verbs as the package, and nothing that computes.
+
+Rooms that need torch are imported inside the commands, so that `--help` is quick.
+"""
+
+import logging
+import sys
+
+from cyclopts import CycloptsError
+
+from workbench.cli import change, knowledge, straight
+from workbench.cli.app import app
+
+__all__ = ["app", "change", "knowledge", "main", "straight"]
+
+
+def main() -> None:
+    """Run the command: bad input gives one sentence and exit code 1, Ctrl-C gives 130."""
+    handler = logging.StreamHandler()
+    handler.setLevel(logging.WARNING)
+    logging.basicConfig(handlers=[handler], format="%(message)s")
+    try:
+        app(sys.argv[1:], exit_on_error=False, print_error=True)
+    except CycloptsError:
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("Stopped; what was computed is kept, the same command goes on.", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        print(f"workbench: {error}", file=sys.stderr)
+        sys.exit(1)

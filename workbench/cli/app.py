@@ -1,0 +1,45 @@
+"""What every command shares: the app, the types of its options, and how tables are shown and kept."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, Parameter
+
+app = App(
+    name="workbench",
+    help="Where does a language model keep what it knows, and how do you teach it something new "
+    "without breaking the rest?",
+    help_format="plaintext",
+    result_action="return_value",
+)
+
+Model = Annotated[str, Parameter(help="default's name, folder of safetensors, .gguf file or hub id")]
+Facts = Annotated[str, Parameter(help="world, fictional, fictional:N:SEED, or a file or folder of facts")]
+Out = Annotated[Path | None, Parameter(help="where to write the result")]
+Quiet = Annotated[bool, Parameter(name=["--quiet", "-q"], negative="", help="no progress bars")]
+FORMATS = ("auto", "native", "csv", "lre", "pararel", "counterfact", "counterfact-new", "mmlu")
+
+
+def show(frame: Any) -> None:
+    """Print a whole table."""
+    print(frame.to_string(index=False, float_format=lambda x: f"{x:.4g}"))
+
+
+def check_table(out: Path | None) -> None:
+    """Raise before long work if a table could not be written."""
+    if out is not None and out.suffix not in (".csv", ".parquet"):
+        raise ValueError(f"--out must end in .csv or .parquet, not {out.name!r}.")
+
+
+def write_table(frame: Any, out: Path | None) -> None:
+    """Write a table where the user asked for it."""
+    if out is None:
+        return
+    from workbench.results import save_frame
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix == ".csv":
+        frame.to_csv(out, index=False)
+    else:
+        save_frame(frame, out)
+    print(out)
