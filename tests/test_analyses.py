@@ -9,8 +9,13 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pandas as pd
 import pytest
+import xarray as xr
+from tiny import FACTS, saved
+
+from workbench.attribution import attribute
 
 HOME = Path(__file__).parent.parent
 SCRIPTS = sorted((HOME / "analyses").glob("*.py"))
@@ -106,3 +111,97 @@ def test_quota_sweep_runs_shares_what_it_can_and_publishes(tmp_path: Path, capsy
     assert "attribution: done before" in logs[0]  # shared with the first run
     assert "attribution: started" in logs[1]
     assert "selection-loki: started" in logs[0]
+
+
+def smoke(tmp_path: Path) -> list[str]:
+    model, facts = tmp_path / "tiny", tmp_path / "facts.jsonl"
+    if not model.exists():
+        saved(model)
+        FACTS.save(facts)
+    return [
+        *(
+            "--smoke",
+            "--models",
+            str(model),
+            "--facts",
+            str(facts),
+            "--all-facts",
+            "--relations",
+            "capital",
+            "opposite",
+        ),
+        *("--out", str(tmp_path / "runs"), "--figures", str(tmp_path / "figures")),
+    ]
+
+
+def test_attribution_sweep_publishes_one_frame_and_does_only_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = script("attribution_sweep")
+    page = sweep.main(smoke(tmp_path))
+    assert page == tmp_path / "figures" / "attribution_sweep.html"
+    assert {one.stem for one in page.parent.glob("*.html")} == {"attribution_sweep", "attribution_sweep_agreement"}
+    frame = pd.read_csv(page.with_suffix(".csv"))
+    keys = ["model", "unit", "method", "steps", "relation"]
+    drawn = {(method, steps) for method, steps in zip(frame["method"], frame["steps"], strict=True)}
+    assert drawn == {("ig", 0), ("ig", 1), ("ig", 4), ("grad_x_act", 1), ("random", 1)}
+    assert set(frame["relation"]) == {"capital", "opposite"}
+    assert set(frame["model"]) == {"tiny"}
+    assert (frame.groupby(keys).size() == 4).all()  # three layers and all of them together
+    assert (frame["facts"] == 2).all()
+    assert (frame["seconds_per_fact"] > 0).all()
+    reference = frame[(frame["method"] == "ig") & (frame["steps"] == 4)]
+    assert np.allclose(reference[["spearman", "overlap"]], 1)
+    assert (frame.loc[frame["method"] == "random", "spearman"].abs() < 0.5).all()
+    assert frame.loc[frame["method"] == "random", "gap"].isna().all()
+    assert "grad_x_act" in capsys.readouterr().out
+    assert str(tmp_path) not in page.with_suffix(".json").read_text(encoding="utf-8")
+    cells = sorted((tmp_path / "runs").rglob("*.zarr"))
+    assert len(cells) == 10
+    times = [cell.stat().st_mtime_ns for cell in cells]
+    with monkeypatch.context() as patch:  # a second start opens no model and computes nothing
+        patch.setattr(sweep.wb, "load_model", lambda name: pytest.fail("opened a model"))
+        sweep.main(smoke(tmp_path))
+    assert [cell.stat().st_mtime_ns for cell in cells] == times
+    again = pd.read_csv(page.with_suffix(".csv"))
+    pd.testing.assert_frame_equal(again, frame)
+    cells[0].with_suffix(".json").unlink()
+    calls = []
+    monkeypatch.setattr(
+        sweep.wb, "attribute", lambda *args, **options: calls.append(options) or attribute(*args, **options)
+    )
+    sweep.main(smoke(tmp_path))
+    assert [call["out"] for call in calls] == [cells[0]]
+
+
+def test_attribution_sweep_summarises_by_hand(tmp_path: Path) -> None:
+    sweep = script("attribution_sweep")
+    score = np.array([[[3.0, -2.0, 0.5], [1.0, 0.0, 0.0]], [[1.0, 1.0, 2.0], [0.0, -1.0, 4.0]]])
+    other = np.array([[[1.0, 2.0, 3.0], [1.0, 0.0, 0.0]], [[1.0, 1.0, 2.0], [0.0, -1.0, 4.0]]])
+    gap = np.array([[0.5, 0.0], [0.0, 1.0]])
+    one, exact = (
+        xr.Dataset({"score": (("fact", "layer", "unit"), x), "gap": (("fact", "layer"), gap)}, attrs={"method": "ig"})
+        for x in (score, other)
+    )
+    frame = sweep.summary(one, 0.25, exact).set_index("layer")
+    assert frame.loc[0, "mean_abs"] == pytest.approx((3 + 2 + 0.5 + 4) / 6)
+    assert frame.loc[0, "gap"] == pytest.approx((0.5 / 2.0 + 0) / 2)
+    assert frame.loc[1, "gap"] == pytest.approx((0 + 1 / 4.0) / 2)
+    assert frame.loc[0, "spearman"] == pytest.approx((-0.5 + 1) / 2)  # ranks 3 1 2 against 1 2 3
+    assert frame.loc[0, "overlap"] == pytest.approx(0.5)
+    assert frame["seconds_per_fact"].eq(0.25).all()
+    assert np.isnan(sweep.spearman(np.zeros(4), np.arange(4)))
+    silent = sweep.summary(one.assign_attrs(method="random"), 0.25, exact)
+    assert silent["gap"].isna().all()
+
+
+def test_attribution_sweep_refers_to_ablation_where_there_is_one(tmp_path: Path) -> None:
+    sweep = script("attribution_sweep")
+    plan = sweep.Sweep(tmp_path, (), ("node",), ("ig", "kn", "loki-code"), (0, 2, 8), (), "world", 1, True, 0)
+    found = list(sweep.cells(plan, "capital", "node"))
+    assert [cell.place for cell in found] == [
+        "node/ig-adaptive/capital", "node/ig-2/capital", "node/ig-8/capital", "node/loki-code-7/capital",
+    ]  # fmt: skip
+    assert sweep.reference_of(found).place == "node/ig-8/capital"
+    exact = sweep.Cell("node", "ablation", 1, "capital")
+    assert sweep.reference_of([*found, exact]) == exact

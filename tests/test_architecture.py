@@ -28,12 +28,16 @@ LAYERS: dict[str, int] = {
     "loki": 2,  # the tuner; the door to peft
     "recollection": 2,  # what a model says: recall, and reading texts
     "interfere": 2,  # how facts collide, per layer, against nulls
+    "suppression": 3,  # units silenced or enhanced: what is still answered
+    "tracing": 3,  # causal tracing, logit lens, direct logit attribution
     "path": 3,  # integrals from a baseline to the clean activations
     "opening": 3,  # a model from whatever stands for one, adapters included
     "attribution": 4,  # methods that score units
     "semantics": 4,  # semantic distance and drift
     "forgetting": 4,  # before against after
     "training": 4,  # one training path; the only door to transformers' Trainer
+    "neurons": 5,  # knowledge neurons: find, suppress, erase, edit
+    "planning": 5,  # what an attribution will take, before it starts
     "reporting": 5,  # the page, published figures; the only door to jinja2
     "pipeline": 6,  # the straight way, resumable
     "cli": 7,  # the command
@@ -43,6 +47,7 @@ LAYERS: dict[str, int] = {
 DOORS: dict[str, set[str]] = {
     "transformer_lens": {"models"},
     "zarr": {"results"},
+    "h5py": {"results"},
     "plotly": {"figures"},
     "peft": {"loki", "training"},
     "jinja2": {"reporting"},

@@ -7,11 +7,11 @@ import torch
 from test_engine import naive
 from tiny import FACTS, TOKENISED, random_model, tiny, tokenizer
 
-from workbench import attribution
-from workbench.attribution import METHODS, attribute, by_layer, quadrature, strongest
+from workbench.attribution import FIXED, METHODS, attribute, by_layer, scoring, strongest
 from workbench.facts import FactSet
-from workbench.metrics import logprob
+from workbench.metrics import OBJECTIVES, logprob
 from workbench.models import load_model
+from workbench.path import quadrature
 from workbench.results import open_result, validate_attribution
 
 KINDS = ["gpt2", "llama", "qwen2", "gemma3_text", "opt"]
@@ -56,41 +56,75 @@ def test_ig_over_all_positions_equals_the_naive_loop() -> None:
     np.testing.assert_allclose(ours, expected, atol=1e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_batch_padding_and_order_change_nothing(method: str, kind: str) -> None:
+def own(method: str, unit: str = "neuron") -> str:
+    """The unit that a method defines, or the one that is wished."""
+    return FIXED[method].get("unit", unit)
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [*((kind, "ig") for kind in KINDS), *(("llama", method) for method in METHODS if method != "ig")],
+)
+def test_batch_padding_and_order_change_nothing(kind: str, method: str) -> None:
     model = tiny(kind)
-    together = run(model, method=method, unit="neuron")
-    alone = run(model, method=method, unit="neuron", batch_size=1)
-    backwards = run(model, FactSet("backwards", FACTS.facts[::-1]), method=method, unit="neuron", batch_size=3)
+    together = run(model, method=method, unit=own(method))
+    alone = run(model, method=method, unit=own(method), batch_size=1)
+    backwards = run(model, FactSet("backwards", FACTS.facts[::-1]), method=method, unit=own(method), batch_size=3)
     scale = np.abs(together["score"].values).max()
+    if method == "ablation":  # a difference of two objectives, each rounded at its own size
+        scale = max(scale, 2 * float(np.log(together["target_prob"].values.min()) / -1))
     for other in (alone, backwards.sel(fact=together["fact"])):
         np.testing.assert_allclose(other["score"], together["score"], rtol=0, atol=1e-6 * scale)
+
+
+def test_the_order_of_the_facts_does_not_touch_a_bit() -> None:
+    forwards = run(tiny("llama"))
+    backwards = run(tiny("llama"), FactSet("backwards", FACTS.facts[::-1]))
+    np.testing.assert_array_equal(backwards.sel(fact=forwards["fact"])["score"], forwards["score"])
+
+
+def moved_to(start: torch.Tensor, last: int, scope: str):
+    """A patch that puts a baseline where the positions move."""
+
+    def put(value: torch.Tensor) -> torch.Tensor:
+        value = value.clone()
+        moved = slice(0 if scope == "all" else last, last + 1)
+        value[:, moved] = start[moved]
+        return value
+
+    return put
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("unit", ["node", "neuron"])
 def test_every_result_says_what_it_is_and_its_gap_is_the_completeness_error(method: str, unit: str) -> None:
-    model = tiny("llama")
+    model, unit = tiny("llama"), own(method, unit)
     ds = run(model, method=method, unit=unit)
-    assert (ds.attrs["method"], ds.attrs["unit"], ds.attrs["model_digest"]) == (method, unit, model.digest)
-    assert ds.attrs["fact_digest"] == FACTS.digest
+    attrs = ds.attrs
+    assert (attrs["method"], attrs["unit"], attrs["model_digest"]) == (method, unit, model.digest)
+    assert attrs["fact_digest"] == FACTS.digest
+    assert {name: attrs[name] for name in FIXED[method] if name != "steps"} == {
+        name: value for name, value in FIXED[method].items() if name != "steps"
+    }
     effect = (ds["score"].sum("unit") + ds["gap"]).values
+    objective = OBJECTIVES[attrs["objective"]]
     for row, fact in enumerate(FACTS.tokenise(model.tokenizer)):
+        last = len(fact.prompt_ids) - 1
         ids, target = torch.tensor([fact.ids[:-1]]), torch.tensor([fact.answer_ids])
-        start = len(fact.prompt_ids) - 1
-        clean = logprob(model.logits(ids)[:, start:], target).sum()
-        assert ds["target_prob"].values[row] == pytest.approx(float(clean.exp()), rel=1e-4)
+        if attrs["target"] == "predicted":
+            ids = ids[:, : last + 1]
+            target = model.logits(ids)[:, -1:].argmax(-1)
+        clean = objective(model.logits(ids)[:, last:], target).sum()
+        reached = logprob(model.logits(ids)[:, last:], target).sum().exp()
+        assert ds["target_prob"].values[row] == pytest.approx(float(reached), rel=1e-4)
         for layer in range(model.n_layers):
-
-            def zero(value, start=start):
-                value = value.clone()
-                value[:, start] = 0
-                return value
-
-            with model.patched(unit, {layer: zero}):
-                zeroed = logprob(model.logits(ids)[:, start:], target).sum()
-            assert effect[row, layer] == pytest.approx(float(clean - zeroed), abs=1e-4)
+            seen = [torch.zeros(ids.shape[1], model.width(unit))]
+            if attrs["baseline"] == "blank":
+                with model.patched(unit, {layer: lambda value, seen=seen: seen.append(value[0]) or value}):
+                    model.logits(torch.zeros_like(ids))
+            with model.patched(unit, {layer: moved_to(seen[-1], last, attrs["scope"])}):
+                moved = objective(model.logits(ids)[:, last:], target).sum()
+            assert effect[row, layer] == pytest.approx(float(clean - moved), abs=1e-4)
 
 
 def test_more_steps_close_the_gap() -> None:
@@ -130,7 +164,7 @@ def test_blank_baseline_and_predicted_target() -> None:
 def test_streamed_resumed_and_in_memory_are_the_same(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama")
     expected = run(model, batch_size=2)["score"].values
-    original, calls = attribution.score_batch, []
+    original, calls = scoring.score_batch, []
 
     def killed(*args):
         if len(calls) == 2:
@@ -138,14 +172,14 @@ def test_streamed_resumed_and_in_memory_are_the_same(tmp_path, monkeypatch: pyte
         calls.append(args)
         return original(*args)
 
-    monkeypatch.setattr(attribution, "score_batch", killed)
+    monkeypatch.setattr(scoring, "score_batch", killed)
     with pytest.raises(KeyboardInterrupt):
         run(model, batch_size=2, out=tmp_path / "a.zarr")
     monkeypatch.undo()
     assert 0 < open_result(tmp_path / "a.zarr", partial=True).sizes["fact"] < len(FACTS)
     resumed = run(model, batch_size=2, out=tmp_path / "a.zarr")
     np.testing.assert_array_equal(resumed["score"].values, expected)
-    monkeypatch.setattr(attribution, "score_batch", lambda *args: pytest.fail("done before"))
+    monkeypatch.setattr(scoring, "score_batch", lambda *args: pytest.fail("done before"))
     np.testing.assert_array_equal(run(model, out=tmp_path / "a.zarr")["score"].values, expected)
     with pytest.raises(ValueError, match="steps"):
         run(model, steps=5, out=tmp_path / "a.zarr")
@@ -164,7 +198,13 @@ def test_streamed_resumed_and_in_memory_are_the_same(tmp_path, monkeypatch: pyte
         ({"baseline": "mean"}, "baseline must be one of"),
         ({"target": "silver"}, "target must be one of"),
         ({"method": "grad_x_act", "steps": 3}, "one step"),
+        ({"method": "ablation", "steps": 3}, "one step"),
+        ({"method": "kn", "rule": "left"}, "kn is defined with rule='right'"),
+        ({"method": "loki-code", "unit": "neuron"}, "loki-code is defined with unit='node'"),
+        ({"method": "random", "seed": -1}, "seed must not be negative"),
         ({"batch_size": 0}, "batch_size"),
+        ({"memory": 0.0}, "memory must be a positive number"),
+        ({"memory": 1e-9}, "takes at least"),
     ],
 )
 def test_unknown_options_are_refused_before_any_work(options: dict, message: str) -> None:

@@ -13,7 +13,20 @@ import workbench as wb
 from workbench import cli
 from workbench.config import Config
 
-COMMANDS = ["run", "settings", "recall", "attribute", "select", "drift", "forgetting", "report", "models"]
+COMMANDS = [
+    "run",
+    "settings",
+    "recall",
+    "attribute",
+    "select",
+    "neurons",
+    "suppress",
+    "drift",
+    "forgetting",
+    "report",
+    "models",
+    "convert",
+]
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

@@ -1,10 +1,22 @@
 """The one-pass engine against a naive loop: one hooked forward and backward per fact, layer and step."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from tiny import ARCHITECTURES, TOKENISED, random_model, tiny, tokenizer
 
-from workbench.engine import check, check_engine, clean_gradients, make_batch, queries, run_clean, run_queries
+from workbench.engine import (
+    attention,
+    check,
+    check_engine,
+    clean_gradients,
+    make_batch,
+    queries,
+    reading,
+    run_clean,
+    run_queries,
+)
 from workbench.metrics import OBJECTIVES, logprob
 from workbench.models import load_model
 
@@ -85,6 +97,8 @@ def test_the_comparison_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
         original(self, *args)
         self.own = torch.ones_like(self.own)
 
+    monkeypatch.setattr(queries, "query_attention", lambda *args: nullcontext())  # the model's own, with the mask
+    assert compare(model, TOKENISED, "node", "last")[1] <= 1e-5
     monkeypatch.setattr(queries._QueryCalls, "__init__", blind)
     assert compare(model, TOKENISED, "node", "last")[1] > 1e-2
     monkeypatch.undo()
@@ -92,6 +106,64 @@ def test_the_comparison_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
         queries._QueryCalls, "_mask", lambda self, value, old=queries._QueryCalls._mask: old(self, None)
     )
     assert compare(model, TOKENISED, "node", "last")[1] > 1e-2
+
+
+@pytest.mark.parametrize(("tail", "softcap"), [(1, None), (3, None), (2, 5.0)])
+def test_query_attention_equals_masked_attention(tail: int, softcap: float | None) -> None:
+    """Against the formula with every score made and masked; without the mask of the prefix it is another number."""
+    generator = torch.Generator().manual_seed(tail)
+    prefix, n, heads, kv_heads = 5, 4, 6, 2
+    rows = n * tail
+    query = torch.randn(2, heads, rows, 8, generator=generator)
+    key, value = (torch.randn(2, kv_heads, prefix + rows, 8, generator=generator) for _ in range(2))
+    own = torch.block_diag(*[torch.ones(tail, tail).tril()] * n)
+    seen = torch.cat([torch.rand(2, rows, prefix, generator=generator) < 0.7, own.bool().expand(2, -1, -1)], 2)
+    mask = torch.zeros(2, 1, rows, prefix + rows).masked_fill(~seen[:, None], -1e30)
+    full_key, full_value = (x.repeat_interleave(heads // kv_heads, 1) for x in (key, value))
+    scores = query @ full_key.mT * 0.3
+    scores = scores if softcap is None else torch.tanh(scores / softcap) * softcap
+    expected = ((scores + mask).softmax(-1) @ full_value).transpose(1, 2)
+    module = torch.nn.Identity()
+    options = {"prefix": prefix, "tail": tail, "scaling": 0.3, "softcap": softcap}
+    ours, _ = attention.attend(module, query, key, value, mask, **options)
+    torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-5)
+    blind, _ = attention.attend(module, query, key, value, mask * (torch.arange(prefix + rows) >= prefix), **options)
+    assert float((blind - expected).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_readout_equals_the_objective_of_the_logits(objective: str, bias: bool, monkeypatch) -> None:
+    """Values and gradients, in pieces of two rows, against autograd through the logits."""
+    monkeypatch.setattr(reading, "PIECE", 2 * 11)
+    torch.manual_seed(0)
+    head, hidden, target = torch.nn.Linear(6, 11, bias=bias), torch.randn(7, 6), torch.randint(11, (7,))
+    slopes = torch.randn(7)
+    pairs = []
+    for read in (
+        lambda x: OBJECTIVES[objective](head(x), target),
+        lambda x: reading.readout(head, x, target, OBJECTIVES[objective]),
+        lambda x: reading.readout(head, x, target.flip(0), OBJECTIVES[objective]),  # negative control
+    ):
+        leaf = hidden.clone().requires_grad_()
+        value = read(leaf)
+        pairs.append((value.detach(), *torch.autograd.grad(value @ slopes, leaf)))
+    for ours, autograd in zip(pairs[1], pairs[0], strict=True):
+        torch.testing.assert_close(ours, autograd, atol=1e-6, rtol=1e-5)
+    assert float((pairs[2][1] - pairs[0][1]).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_some_facts_of_a_batch_give_the_same_values(kind: str) -> None:
+    """Rows of a clean run, also twice and in another order."""
+    model = tiny(kind)
+    clean = run_clean(model, make_batch(TOKENISED, model.device), "node")
+    rows = torch.tensor([2, 0, 0])
+    points = {1: 0.3 * clean.activation[1][:, None]}
+    whole = run_queries(model, clean, "node", points, logprob)
+    part = run_queries(model, clean.of(rows), "node", {1: points[1][rows]}, logprob)
+    torch.testing.assert_close(part, whole[rows], atol=2e-6, rtol=1e-6)
+    assert float((part - whole).abs().max()) > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "opt"])

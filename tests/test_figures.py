@@ -38,6 +38,15 @@ CHANGE = pd.DataFrame({"method": ["loki", "lora"], "suite": "retained", "change"
     low=-0.5, high=0.0, before=-1.0, after=-2.0, fact=["a", "b"]
 )
 
+SUPPRESSION = pd.DataFrame({"group": ["lowest", "random", "random"] * 2, "quota": [5.0] * 3 + [1.0] * 3}).assign(
+    strategy="global", score="signed", seed=pd.array([None, None, 0] * 2, "Int64"), metric="accuracy", change=-0.2
+)
+SUPPRESSION = SUPPRESSION.assign(low=-0.3, high=-0.15)
+EFFECTS = pd.DataFrame(
+    {"group": ["fact", "others"] * 3, "units": ["chosen"] * 2 + ["matched"] * 2 + ["difference"] * 2}
+)
+EFFECTS = EFFECTS.assign(change=[-6.0, -0.5, -0.25, 0.0, -5.75, -0.5], low=-7.0, high=1.0)
+
 DRAWN = {
     "recall_by_relation": (figures.recall_by_relation, RECALL, ()),
     "score_by_layer": (figures.score_by_layer, LAYERS, ()),
@@ -49,6 +58,8 @@ DRAWN = {
     "drift_distance": (figures.drift_distance, DRIFT[DRIFT["metric"] == "toward"], ()),
     "forgetting_compared": (figures.forgetting_compared, CHANGE, ()),
     "text_damage": (figures.text_damage, CHANGE, ("change in perplexity",)),
+    "suppression_curves": (figures.suppression_curves, SUPPRESSION, ()),
+    "neuron_effects": (figures.neuron_effects, EFFECTS, ()),
     "before_after": (figures.before_after, CHANGE, ("lora",)),
 }
 
@@ -72,7 +83,13 @@ def test_a_missing_column_is_named_and_an_empty_frame_refused(name):
         draw(frame.iloc[:0], *rest)
     column = "score" if name == "strongest_units" else "step" if name == "training_curves" else None
     column = column or ("known" if name == "recall_by_relation" else "layer" if "layer" in frame else "after")
-    column = {"drift_distance": "before", "forgetting_compared": "suite", "text_damage": "low"}.get(name, column)
+    column = {
+        "drift_distance": "before",
+        "forgetting_compared": "suite",
+        "text_damage": "low",
+        "suppression_curves": "quota",
+        "neuron_effects": "units",
+    }.get(name, column)
     with pytest.raises(ValueError, match=rf"has no column '{column}'"):
         draw(frame.drop(columns=column), *rest)
 
@@ -171,6 +188,34 @@ def test_damage_is_in_points_and_facts_lie_on_the_diagonal_when_nothing_changed(
     assert list(diagonal.x) == list(diagonal.y)
     _, moved = figures.before_after(CHANGE, "lora").data
     assert list(moved.x) != list(moved.y)
+
+
+def test_suppression_is_drawn_over_quotas_without_the_single_seeds():
+    fig = figures.suppression_curves(pd.concat([SUPPRESSION, SUPPRESSION.assign(score="magnitude")]))
+    assert [trace.name for trace in fig.data] == ["lowest", "random"] * 2
+    assert [list(trace.x) for trace in fig.data] == [[1.0, 5.0]] * 4
+    assert list(fig.data[1].y) == [-20.0, -20.0]
+    np.testing.assert_allclose(fig.data[0].error_y.array, [5, 5])
+    np.testing.assert_allclose(fig.data[0].error_y.arrayminus, [10, 10])
+    assert fig.data[0].line.color == fig.data[2].line.color != fig.data[1].line.color
+    assert [note.text for note in fig.layout.annotations] == ["signed, global", "magnitude, global"]
+    assert fig.layout.yaxis.title.text == "change of facts answered (points)"
+    assert fig.layout.xaxis.title.text == "silenced (%)"
+    assert list(figures.suppression_curves(SUPPRESSION.assign(metric="kl"), "kl").data[0].y) == [-0.2, -0.2]
+    with pytest.raises(ValueError, match="no metric 'kl'"):
+        figures.suppression_curves(SUPPRESSION, "kl")
+
+
+def test_neurons_stand_beside_the_random_units_of_the_same_group():
+    fig = figures.neuron_effects(EFFECTS)
+    chosen, matched = fig.data
+    assert (list(chosen.x), list(matched.x)) == ([-6.0, -0.5], [-0.25, 0.0])
+    assert [round(y) for y in chosen.y] == [round(y) for y in matched.y] == [0, 1]
+    assert chosen.y[0] < matched.y[0]
+    np.testing.assert_allclose(chosen.error_x.arrayminus, [1.0, 6.5])
+    assert chosen.name != matched.name
+    assert fig.layout.yaxis.ticktext == ("the fact<br>itself", "other relations")
+    assert fig.layout.xaxis.title.text == "change of the answer's log-probability (nats)"
 
 
 @given(st.text(max_size=200))

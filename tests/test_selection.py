@@ -15,7 +15,7 @@ from workbench.results import open_store
 from workbench.selection import STRATEGIES, Selection, keep, select, strategies, votes
 
 EXAMPLES = settings(max_examples=40, deadline=None)
-VOTING = ["layer_balanced", "global_lowest", "global_highest"]
+VOTING = ["layer_balanced", "layer_highest", "global_lowest", "global_highest"]
 TIED = arrays(np.int64, st.tuples(st.integers(1, 6), st.integers(1, 4), st.integers(2, 9)), elements=st.integers(-2, 2))
 
 
@@ -46,10 +46,10 @@ def vote_plainly(rows: list[list[Fraction]], k: int) -> set[int]:
 
 
 def select_plainly(scores: np.ndarray, strategy: str, quota: int, magnitude: bool) -> set[tuple[int, int]]:
-    sign = -1 if strategy == "global_highest" else 1
+    sign = -1 if strategy.endswith("highest") else 1
     exact = [[[sign * (abs(v) if magnitude else v) for v in map(Fraction, row)] for row in fact] for fact in scores]
     layers, units = scores.shape[1:]
-    if strategy == "layer_balanced":
+    if strategy.startswith("layer"):
         k = quota * units // 100
         return {(layer, j) for layer in range(layers) for j in vote_plainly([fact[layer] for fact in exact], k)}
     flat = [[value for row in fact for value in row] for fact in exact]
@@ -161,6 +161,15 @@ def test_random_is_seeded_and_ignores_the_scores():
     assert drawn.rows(0) != drawn.rows(1)
     assert select(one, strategy="random", seed=3, layers=[1]).rows(1) == drawn.rows(1)
     assert drawn.origin["seed"] == 3
+
+
+def test_random_over_all_layers_meets_the_quota_as_a_whole_and_is_seeded():
+    one, other = dataset(distinct(0, 2, 3, 40)), dataset(distinct(1, 2, 3, 40))
+    drawn = select(one, strategy="global_random", seed=3, quota=30)
+    assert drawn == select(other, strategy="global_random", seed=3, quota=30)
+    assert drawn != select(one, strategy="global_random", seed=4, quota=30)
+    assert drawn.n_selected == 36
+    assert drawn.per_layer()["n_selected"].nunique() > 1  # layers are not balanced
 
 
 @pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "per_layer_budget"])

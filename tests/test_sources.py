@@ -29,8 +29,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from workbench.models import cache, convert, embedded, sources
+from workbench.models.devices import pick_device, pick_dtype
 from workbench.models.quiet import quiet
-from workbench.models.sources import list_models, load_hf, pick_device, pick_dtype
+from workbench.models.sources import list_models, load_hf
 
 WORDS = ["ĠP", "ar", "is", "aris", "ĠParis", "ĠĠ", "19"]
 MERGES = [("Ġ", "P"), ("a", "r"), ("i", "s"), ("ar", "is"), ("ĠP", "aris"), ("Ġ", "Ġ"), ("1", "9")]

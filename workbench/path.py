@@ -5,23 +5,29 @@ between them must add up to, so an adaptive rule needs no guess of its error: it
 midpoint's gradient misses the change of the objective (ours).
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from workbench.engine import Clean, run_queries
+from workbench.engine import ROWS_PER_PASS, Clean, run_queries
 from workbench.metrics import Objective
 from workbench.models import HookedModel
 
-#: Token rows of queries in one pass: enough for full matrix products, small enough for the processor's caches.
-ROWS_PER_PASS = 840
 #: Points per layer with which the adaptive rule begins, and at most ends up with.
 FIRST_POINTS, MOST_POINTS = 4, 64
-#: Riemann sums: where in its interval each point lies. The trapezoid is not one of them.
-RULES: dict[str, float] = {"midpoint": 0.5, "left": 0.0, "right": 1.0}
+#: Points of one fact in one row of a refining pass.
+POINTS_PER_ROW = 8
+#: Riemann sums: where in its interval each point lies; trapezoids have points at both ends.
+RULES: dict[str, float | None] = {
+    "midpoint": 0.5,
+    "left": 0.0,
+    "right": 1.0,
+    "trapezoid": None,
+    "riemann_trapezoid": None,
+}
 
 Alphas = Mapping[int, Float[Tensor, "batch point"]]
 
@@ -35,6 +41,17 @@ class Path:
     baseline: Float[Tensor, "layer batch moved width"]
     unit: str
     objective: Objective
+    rows: int = ROWS_PER_PASS
+
+    @property
+    def room(self) -> int:
+        """How many variants of every fact fit one pass."""
+        batch = self.clean.batch
+        return max(1, self.rows // (len(batch.ids) * batch.tail))
+
+    def of(self, rows: Int[Tensor, " row"]) -> "Path":
+        """The paths of the facts with these indices, which may repeat."""
+        return replace(self, clean=self.clean.of(rows), baseline=self.baseline[:, rows])
 
     @property
     def difference(self) -> Float[Tensor, "layer batch moved width"]:
@@ -49,8 +66,7 @@ class Path:
 
     def end(self) -> Float[Tensor, " batch"]:
         """The objective of the clean run."""
-        batch = self.clean.batch
-        return (self.objective(self.clean.logits, batch.target) * batch.weight).sum(-1)
+        return self.clean.batch.value(self.clean.logits, self.objective)
 
     @torch.no_grad()
     def values(self, alphas: Alphas) -> dict[int, Float[Tensor, "batch point"]]:
@@ -80,8 +96,7 @@ class Path:
 
     def _chunks(self, alphas: Alphas) -> Iterator[dict[int, Float[Tensor, "batch point"]]]:
         """Consecutive variants that fit one pass, layers in order."""
-        batch = self.clean.batch
-        room = most = max(1, ROWS_PER_PASS // (len(batch.ids) * batch.tail))
+        room = self.room
         chunk: dict[int, Tensor] = {}
         for layer in sorted(alphas):
             for part in alphas[layer].split(1, 1):
@@ -89,25 +104,26 @@ class Path:
                 room -= 1
                 if not room:
                     yield chunk
-                    chunk, room = {}, most
+                    chunk, room = {}, self.room
         if chunk:
             yield chunk
 
 
 def quadrature(rule: str, steps: int) -> tuple[list[float], list[float]]:
-    """Points on [0, 1] and their weights, which sum to 1.
+    """Points on [0, 1] and their weights, which sum to 1; Captum's `riemann_trapezoid` sums to (steps - 1) / steps.
 
     >>> quadrature("midpoint", 2)
     ([0.25, 0.75], [0.5, 0.5])
     >>> quadrature("trapezoid", 3)
     ([0.0, 0.5, 1.0], [0.25, 0.5, 0.25])
     """
-    if rule == "trapezoid":
-        if steps < 2:
-            raise ValueError('rule="trapezoid" needs at least 2 steps.')
-        ends = [0.5 if k in (0, steps - 1) else 1.0 for k in range(steps)]
-        return [k / (steps - 1) for k in range(steps)], [end / (steps - 1) for end in ends]
     offset = RULES[rule]
+    if offset is None:
+        if steps < 2:
+            raise ValueError(f"rule={rule!r} needs at least 2 steps.")
+        ends = [0.5 if k in (0, steps - 1) else 1.0 for k in range(steps)]
+        parts = steps if rule == "riemann_trapezoid" else steps - 1
+        return [k / (steps - 1) for k in range(steps)], [end / parts for end in ends]
     return [(k + offset) / steps for k in range(steps)], [1 / steps] * steps
 
 
@@ -216,24 +232,44 @@ def _halve(
     difference: Float[Tensor, "layer batch moved width"],
     allowed: Float[Tensor, "batch layer"],
 ) -> None:
-    """Halve the intervals with the larger errors of every path, all in as few passes as possible."""
-    chosen = {
-        (b, layer): [i for i in intervals if i.error(difference[layer, b]) > float(allowed[b, layer]) / len(intervals)]
-        for (b, layer), intervals in paths.items()
-    }
-    for layer in sorted({layer for _, layer in chosen}):
-        rows = {b: intervals for (b, at), intervals in chosen.items() if at == layer}
-        alphas = torch.full((len(allowed), 2 * max(map(len, rows.values()))), 0.5, device=allowed.device)
-        for b, intervals in rows.items():
-            middles = [(i.low + i.middle) / 2 for i in intervals] + [(i.middle + i.high) / 2 for i in intervals]
-            alphas[b, : len(middles)] = torch.tensor(middles)
-        parts = list(path.gradients({layer: alphas}))
-        value = torch.cat([part[1] for part in parts], 1)
-        slope = torch.cat([part[2] for part in parts], 1)
-        for b, intervals in rows.items():
-            n = len(intervals)
-            for k, i in enumerate(intervals):
-                left = Interval(i.low, i.middle, i.value_low, float(value[b, k]), i.value_mid, slope[b, k])
-                right = Interval(i.middle, i.high, i.value_mid, float(value[b, n + k]), i.value_high, slope[b, n + k])
-                at = paths[b, layer].index(i)
-                paths[b, layer][at : at + 1] = [left, right]
+    """Halve the intervals with the larger errors of every path, all in as few passes as possible.
+
+    A pass is a table of facts and points; a fact with many intervals has several of its rows.
+    """
+    rows: dict[int, list[tuple[int, list[Interval]]]] = {}
+    for (b, layer), intervals in paths.items():
+        rough = [i for i in intervals if i.error(difference[layer, b]) > float(allowed[b, layer]) / len(intervals)]
+        pieces = [rough[k : k + POINTS_PER_ROW // 2] for k in range(0, len(rough), POINTS_PER_ROW // 2)]
+        rows.setdefault(layer, []).extend((b, piece) for piece in pieces)
+    size = max(1, path.rows // (POINTS_PER_ROW * path.clean.batch.tail))
+    for layer in sorted(rows):
+        for k in range(0, len(rows[layer]), size):
+            for b, intervals, halves in _halved(path, layer, rows[layer][k : k + size]):
+                for i, pair in zip(intervals, halves, strict=True):
+                    at = paths[b, layer].index(i)
+                    paths[b, layer][at : at + 1] = pair
+
+
+def _halved(
+    path: Path, layer: int, rows: Sequence[tuple[int, list[Interval]]]
+) -> Iterator[tuple[int, list[Interval], list[tuple[Interval, Interval]]]]:
+    """The two halves of some intervals of some facts, in one pass."""
+    device = path.model.device
+    alphas = torch.full((len(rows), 2 * max(len(intervals) for _, intervals in rows)), 0.5, device=device)
+    for row, (_, intervals) in enumerate(rows):
+        middles = [((i.low + i.middle) / 2, (i.middle + i.high) / 2) for i in intervals]
+        alphas[row, : 2 * len(middles)] = torch.tensor(middles).flatten()
+    part = path.of(torch.tensor([b for b, _ in rows], device=device))
+    _, values, slopes = (list(column) for column in zip(*part.gradients({layer: alphas}), strict=True))
+    value, slope = torch.cat(values, 1), torch.cat(slopes, 1)
+    for row, (b, intervals) in enumerate(rows):
+        halves = [
+            (
+                Interval(i.low, i.middle, i.value_low, float(value[row, 2 * k]), i.value_mid, slope[row, 2 * k]),
+                Interval(
+                    i.middle, i.high, i.value_mid, float(value[row, 2 * k + 1]), i.value_high, slope[row, 2 * k + 1]
+                ),
+            )
+            for k, i in enumerate(intervals)
+        ]
+        yield b, intervals, halves

@@ -8,10 +8,10 @@ import sys
 
 from cyclopts import CycloptsError
 
-from workbench.cli import change, knowledge, straight
+from workbench.cli import change, exchange, knowledge, neurons, straight, tracing
 from workbench.cli.app import app
 
-__all__ = ["app", "change", "knowledge", "main", "straight"]
+__all__ = ["app", "change", "exchange", "knowledge", "main", "neurons", "straight", "tracing"]
 
 
 def main() -> None:

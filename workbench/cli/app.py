@@ -16,8 +16,9 @@ app = App(
 Model = Annotated[str, Parameter(help="default's name, folder of safetensors, .gguf file or hub id")]
 Facts = Annotated[str, Parameter(help="world, fictional, fictional:N:SEED, or a file or folder of facts")]
 Out = Annotated[Path | None, Parameter(help="where to write the result")]
+Chat = Annotated[bool, Parameter(name="--chat", negative="", help="ask through the chat template, as LoKI does")]
 Quiet = Annotated[bool, Parameter(name=["--quiet", "-q"], negative="", help="no progress bars")]
-FORMATS = ("auto", "native", "csv", "lre", "pararel", "counterfact", "counterfact-new", "mmlu")
+FORMATS = ("auto", "native", "csv", "lre", "pararel", "counterfact", "counterfact-new", "mmlu", "mmlu-loki")
 
 
 def show(frame: Any) -> None:

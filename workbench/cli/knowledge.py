@@ -1,11 +1,11 @@
 """What a model knows, and where: `recall`, `attribute`, `select`."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from workbench.cli.app import FORMATS, Facts, Model, Out, Quiet, app, check_table, show, write_table
+from workbench.cli.app import FORMATS, Chat, Facts, Model, Out, Quiet, app, check_table, show, write_table
 
 
 @app.command(name="recall")
@@ -14,6 +14,7 @@ def recall_command(
     facts: Facts = "world",
     model: Model = "smollm2-135m",
     format: Literal[FORMATS] = "auto",  # type: ignore[valid-type]
+    chat: Chat = False,
     out: Out = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -27,7 +28,8 @@ def recall_command(
     from workbench.recollection import by_relation, recall
 
     check_table(out)
-    frame = recall(load_model(model, device=device, dtype=dtype), chosen, progress=not quiet)
+    opened = load_model(model, device=device, dtype=dtype)
+    frame = recall(opened, chosen.as_chat(opened.tokenizer) if chat else chosen, progress=not quiet)
     show(by_relation(frame))
     known = int(frame["known"].sum())
     print(f"{known} of {len(frame)} facts known ({known / len(frame):.0%})")
@@ -37,10 +39,16 @@ def recall_command(
 @app.command(name="attribute")
 def attribute_command(
     *,
-    out: Annotated[Path, Parameter(help="zarr folder to stream to; a second start goes on where the first stopped")],
+    out: Annotated[
+        Path | None, Parameter(help="zarr folder to stream to; a second start goes on where the first stopped")
+    ] = None,
+    plan: Annotated[
+        bool, Parameter(negative="", help="only say what it will take, from a short measurement; --out may be left out")
+    ] = False,
     facts: Facts = "world",
     model: Model = "smollm2-135m",
     format: Literal[FORMATS] = "auto",  # type: ignore[valid-type]
+    chat: Chat = False,
     method: str = "ig",
     unit: Literal["node", "neuron"] = "node",
     steps: int | None = None,
@@ -65,29 +73,35 @@ def attribute_command(
     from workbench.recollection import recall
 
     checked_settings(method, unit, steps, rule, baseline, scope, objective, target)
+    if out is None and not plan:
+        raise ValueError("Give --out, the folder to write to, or --plan to see what it would take.")
     opened = load_model(model, device=device, dtype=dtype)
+    chosen = chosen.as_chat(opened.tokenizer) if chat else chosen
     if known_only:
         frame = recall(opened, chosen, progress=not quiet)
         known = [str(i) for i in frame.index[frame["known"]]]
         if not known:
             raise ValueError(f"The model knows none of the {len(chosen)} facts of {facts}; leave --known-only out.")
         chosen = chosen.filter(ids=known)
-    ds = attribute(
-        opened,
-        chosen,
-        method=method,
-        unit=unit,
-        steps=steps,
-        rule=rule,
-        baseline=baseline,
-        scope=scope,
-        objective=objective,
-        target=target,
-        batch_size="auto" if batch_size is None else batch_size,
-        out=out,
-        resume=resume,
-        progress=not quiet,
-    )
+    options: dict[str, Any] = {
+        "method": method,
+        "unit": unit,
+        "steps": steps,
+        "rule": rule,
+        "baseline": baseline,
+        "scope": scope,
+        "objective": objective,
+        "target": target,
+        "batch_size": "auto" if batch_size is None else batch_size,
+        "out": out,
+        "resume": resume,
+    }
+    if plan:
+        from workbench.planning import plan as planned
+
+        print(planned(opened, chosen, **options))
+        return
+    ds = attribute(opened, chosen, **options, progress=not quiet)
     print(f"{ds.sizes['fact']} facts, {ds.sizes['layer']} layers, {ds.sizes['unit']} {unit}s a layer: {out}")
 
 

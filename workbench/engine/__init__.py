@@ -2,5 +2,21 @@
 
 from workbench.engine.check import check_engine
 from workbench.engine.queries import Batch, Clean, Points, clean_gradients, make_batch, run_clean, run_queries
+from workbench.engine.reading import readout
+from workbench.engine.room import ROWS_PER_PASS, Room, out_of_memory, room_for
 
-__all__ = ["Batch", "Clean", "Points", "check_engine", "clean_gradients", "make_batch", "run_clean", "run_queries"]
+__all__ = [
+    "ROWS_PER_PASS",
+    "Batch",
+    "Clean",
+    "Points",
+    "Room",
+    "check_engine",
+    "clean_gradients",
+    "make_batch",
+    "out_of_memory",
+    "readout",
+    "room_for",
+    "run_clean",
+    "run_queries",
+]

@@ -13,9 +13,9 @@ per model, and a model on which the two differ is refused.
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
+from workbench.engine.attention import query_attention
+from workbench.engine.reading import readout
 from workbench.facts import TokenisedFact
 from workbench.metrics import Objective
 from workbench.models import HookedModel, pad_batch
@@ -37,21 +39,35 @@ class Batch:
     """Several facts as one padded tensor whose prompts end at the same column.
 
     The columns from `start` on are the *tail*, which every query holds a copy of; its first `moved` columns are those
-    whose activations are replaced. `target` and `weight` say what is read after each column of the tail; `weight` is 0
-    where nothing is.
+    whose activations are replaced. After its last columns the answers are read: `target` says which token each is
+    compared with, and `weight` is 0 where an answer is shorter than the longest.
     """
 
     ids: Int[Tensor, "batch pos"]
     mask: Int[Tensor, "batch pos"]
     start: int
     moved: int
-    target: Int[Tensor, "batch tail"]
-    weight: Float[Tensor, "batch tail"]
+    target: Int[Tensor, "batch read"]
+    weight: Float[Tensor, "batch read"]
 
     @property
     def tail(self) -> int:
         """Number of columns that every query holds."""
+        return self.ids.shape[1] - self.start
+
+    @property
+    def read(self) -> int:
+        """Number of last columns after which something is read."""
         return self.target.shape[1]
+
+    def value(self, logits: Float[Tensor, "batch read d_vocab"], objective: Objective) -> Float[Tensor, " batch"]:
+        """The objective of every fact, summed over its answer's tokens."""
+        return (objective(logits, self.target) * self.weight).sum(-1)
+
+    def of(self, rows: Int[Tensor, " row"]) -> "Batch":
+        """The facts with these indices, which may repeat."""
+        parts = {name: getattr(self, name)[rows] for name in ("ids", "mask", "target", "weight")}
+        return replace(self, **parts)
 
 
 @dataclass(frozen=True)
@@ -64,7 +80,34 @@ class Clean:
     extras: list[tuple[Any, ...] | None]  # per layer, what its block returned besides the residual stream
     keys: list[tuple[Tensor, Tensor]]  # per layer, keys and values of the prefix
     activation: Float[Tensor, "layer batch moved width"]
-    logits: Float[Tensor, "batch tail d_vocab"]
+    logits: Float[Tensor, "batch read d_vocab"]
+    plain_head: bool  # whether the logits are what the unembedding gives, without a scale or a cap after it
+
+    def of(self, rows: Int[Tensor, " row"]) -> "Clean":
+        """The clean run of the facts with these indices, which may repeat."""
+        n = len(self.batch.ids)
+        return replace(
+            self,
+            batch=self.batch.of(rows),
+            resid_pre=[value[rows] for value in self.resid_pre],
+            calls=[{name: _rows_of(value, rows, n) for name, value in call.items()} for call in self.calls],
+            extras=[_rows_of(extra, rows, n) for extra in self.extras],
+            keys=[(key[rows], value[rows]) for key, value in self.keys],
+            activation=self.activation[:, rows],
+            logits=self.logits[rows],
+        )
+
+
+def _rows_of(value: Any, rows: Int[Tensor, " row"], n: int) -> Any:
+    """Those parts of what a block was called with that belong to some facts of a batch of `n`.
+
+    Tensors have the batch first, alone or times the heads (ALiBi); a first axis of 1 and vectors are shared.
+    """
+    if isinstance(value, tuple):
+        return tuple(_rows_of(part, rows, n) for part in value)
+    if not isinstance(value, Tensor) or value.ndim < 2 or value.shape[0] % n:
+        return value
+    return value.unflatten(0, (n, -1))[rows].flatten(0, 1)
 
 
 def make_batch(facts: Sequence[TokenisedFact], device: torch.device, scope: str = "last") -> Batch:
@@ -76,12 +119,11 @@ def make_batch(facts: Sequence[TokenisedFact], device: torch.device, scope: str 
     prompts, prompt_mask = pad_batch([fact.prompt_ids for fact in facts], side="left")
     answers, answer_mask = pad_batch([fact.answer_ids for fact in facts], side="right")
     start = prompts.shape[1] - 1 if scope == "last" else 0
-    unread = torch.zeros_like(prompts[:, start:-1])
     tensors = (
         torch.cat([prompts, answers[:, :-1]], 1),
         torch.cat([prompt_mask, answer_mask[:, :-1]], 1),
-        torch.cat([unread, answers], 1),
-        torch.cat([unread, answer_mask], 1).float(),
+        answers,
+        answer_mask.float(),
     )
     ids, mask, target, weight = (tensor.to(device) for tensor in tensors)
     return Batch(ids, mask, start, prompts.shape[1] - start, target, weight)
@@ -124,18 +166,24 @@ def run_clean(model: HookedModel, batch: Batch, unit: str) -> Clean:
         activation.append(value[:, batch.start : batch.start + batch.moved].clone())
         return value
 
+    unembedded: list[Tensor] = []
+    head = model.hf.get_output_embeddings()
     with ExitStack() as stack:
+        # a slice as it is would make a batched product, with a copy of the unembedding for every fact
+        stack.callback(head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(),)).remove)
+        stack.callback(head.register_forward_hook(lambda module, args, output: unembedded.append(output)).remove)
         stack.enter_context(model.patched(unit, dict.fromkeys(range(model.n_layers), keep)))
         for layer in range(model.n_layers):
             stack.callback(model.block(layer).register_forward_pre_hook(before, with_kwargs=True).remove)
             stack.callback(model.block(layer).register_forward_hook(after).remove)
-        inputs = model.inputs(batch.ids, batch.mask)
-        logits = model.hf(**inputs, past_key_values=cache, use_cache=True).logits[:, batch.start :]
+        inputs = model.inputs(batch.ids, batch.mask) | model.keeping(batch.read)
+        logits = model.hf(**inputs, past_key_values=cache, use_cache=True).logits[:, -batch.read :]
+    plain = isinstance(head, nn.Linear) and torch.equal(unembedded[0][:, -batch.read :].float(), logits.float())
     layers: list[Any] = list(cache.layers)
     keys = [(layer.keys[..., : batch.start, :], layer.values[..., : batch.start, :]) for layer in layers]
     if len(keys) != model.n_layers or any(key.shape[-2] != batch.start for key, _ in keys):
         raise ValueError(f"{model.name}: its cache does not keep every key, so the engine cannot share the prefix.")
-    return Clean(batch, resid_pre, calls, extras, keys, torch.stack(activation), logits)
+    return Clean(batch, resid_pre, calls, extras, keys, torch.stack(activation), logits, plain)
 
 
 def run_queries(
@@ -176,21 +224,36 @@ def run_queries(
 
         return replace
 
+    def unembed(original: Callable[..., Any]) -> Callable[..., Any]:
+        """Read the answers' columns only; with a plain head give the objective in the place of its logits."""
+
+        def run(hidden: Tensor) -> Tensor:
+            hidden = rearrange(hidden, "b (n t) d -> b n t d", t=tail)[:, :, -batch.read :]
+            if not clean.plain_head:
+                return original(rearrange(hidden, "b n r d -> b (n r) d"))
+            values = readout(head, rearrange(hidden, "b n r d -> (b n r) d"), target.flatten(), objective)
+            return rearrange(values, "(b q) -> b q 1", b=len(batch.ids))
+
+        return run
+
+    head = model.hf.get_output_embeddings()
+    target = repeat(batch.target, "b r -> b n r", n=n_queries)
     with ExitStack() as stack:
         stack.enter_context(model.patched(unit, {layer: patch(layer) for layer in points}))
+        stack.enter_context(query_attention(model.config, batch.start, tail))
+        stack.enter_context(_forward_through(head, unembed(head.forward)))
         for layer in range(model.n_layers):
             block = model.block(layer)
-            stack.callback(block.__dict__.pop, "forward", None)
-            block.forward = forward(layer, block.forward)
+            stack.enter_context(_forward_through(block, forward(layer, block.forward)))
         ids = repeat(batch.ids[:, batch.start :], "b t -> b (n t)", n=n_queries)
         inputs = model.inputs(ids)
         if "position_ids" in inputs:
             positions = model.inputs(batch.ids, batch.mask)["position_ids"][:, batch.start :]
             inputs["position_ids"] = repeat(positions, "b t -> b (n t)", n=n_queries)
         logits = model.hf(**inputs, use_cache=False).logits
-    logits = rearrange(logits, "b (n t) v -> b n t v", t=tail)
-    target = repeat(batch.target, "b t -> b n t", n=n_queries)
-    return (objective(logits, target) * batch.weight[:, None]).sum(-1)
+    logits = rearrange(logits, "b (n r) v -> b n r v", r=batch.read)
+    values = logits[..., 0] if clean.plain_head else objective(logits, target)
+    return (values * batch.weight[:, None]).sum(-1)
 
 
 def clean_gradients(
@@ -207,9 +270,23 @@ def clean_gradients(
         return value
 
     with model.patched(unit, dict.fromkeys(range(model.n_layers), shift)):
-        logits = model.hf(**model.inputs(batch.ids, batch.mask), use_cache=False).logits[:, batch.start :]
-    value = (objective(logits, batch.target) * batch.weight).sum()
-    return torch.stack(torch.autograd.grad(value, zeros))
+        inputs = model.inputs(batch.ids, batch.mask) | model.keeping(batch.read)
+        logits = model.hf(**inputs, use_cache=False).logits[:, -batch.read :]
+    return torch.stack(torch.autograd.grad(batch.value(logits, objective).sum(), zeros))
+
+
+@contextmanager
+def _forward_through(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Give a module another forward inside the `with`, and afterwards what it had, its own or one it was given."""
+    given = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if given is None:
+            del module.forward
+        else:
+            module.forward = given
 
 
 class _QueryCalls:

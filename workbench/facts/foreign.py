@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +154,24 @@ def read_mmlu(source: Source) -> list[Placed]:
     return [_mmlu_record(place, record, in_name) for place, record in _mmlu_rows(source)]
 
 
+def read_mmlu_loki(source: Source) -> list[Placed]:
+    """Read MMLU in the words in which LoKI asks (`scripts/analyse_mmlu.py` of Nexround/LoKI), as a user's message."""
+    in_name = re.sub(r"_(test|dev|val|validation|train)$", "", source.path.stem)
+    return [_mmlu_record(place, record, in_name, _asked_by_loki) for place, record in _mmlu_rows(source)]
+
+
+def _asked_plainly(topic: str, question: str, choices: Sequence[str]) -> str:
+    lines = [f"{letter}. {choice.strip()}" for letter, choice in zip(LETTERS, choices, strict=True)]
+    return "\n".join([question.strip(), *lines, "Answer:"])
+
+
+def _asked_by_loki(topic: str, question: str, choices: Sequence[str]) -> str:
+    title = topic.replace("_", " ").title()
+    head = f"There is a single choice question about {title}. Answer the question by replying A, B, C or D."
+    lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=True)]
+    return "\n".join([head, f"Question: {question}", "Choices:", *lines, "Answer: \n"])
+
+
 def _mmlu_rows(source: Source) -> list[Placed]:
     if source.kind != "csv" or {"question", "answer"} & source.fields:
         return source.table()
@@ -166,8 +184,13 @@ def _mmlu_rows(source: Source) -> list[Placed]:
     return placed
 
 
-def _mmlu_record(place: str, record: Mapping[str, Any], in_name: str) -> Placed:
-    question = need_text(place, record, "question").strip()
+def _mmlu_record(
+    place: str,
+    record: Mapping[str, Any],
+    in_name: str,
+    asked: Callable[[str, str, Sequence[str]], str] = _asked_plainly,
+) -> Placed:
+    question, topic = need_text(place, record, "question"), str(record.get("subject") or in_name)
     if "choices" in record:
         choices = record["choices"]
         if not isinstance(choices, list) or len(choices) != len(LETTERS):
@@ -177,12 +200,11 @@ def _mmlu_record(place: str, record: Mapping[str, Any], in_name: str) -> Placed:
     for letter, choice in zip(LETTERS, choices, strict=True):
         if not isinstance(choice, str):
             raise ValueError(f"{place}: choice {letter} is {choice!r:.40}, not text")
-    lines = [f"{letter}. {choice.strip()}" for letter, choice in zip(LETTERS, choices, strict=True)]
     return Placed(
         place,
         {
-            "relation": str(record.get("subject") or in_name),
-            "prompt": "\n".join([question, *lines, "Answer:"]),
+            "relation": topic,
+            "prompt": asked(topic, question, choices),
             "answer": _letter(place, need(place, record, "answer")),
             "answer_in_prompt": True,
         },

@@ -64,7 +64,8 @@ class Fact:
     """One piece of knowledge: a prompt and the answer that follows it.
 
     `answer_in_prompt` marks the one honest exception to the promise that a prompt never contains its answer:
-    multiple choice, where the answer is the letter of a choice that the prompt lists.
+    multiple choice, where the answer is the letter of a choice that the prompt lists. `chat` says that the prompts were
+    rendered by a chat template: nothing comes before them (no BOS but the template's) or between them and the answer.
 
     >>> fact = Fact("capital/france", "capital", "France", "The capital of France is", "Paris")
     >>> fact.text
@@ -79,6 +80,7 @@ class Fact:
     paraphrases: tuple[str, ...] = ()
     neighbours: tuple[Neighbour, ...] = ()
     answer_in_prompt: bool = False
+    chat: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "paraphrases", tuple(self.paraphrases))
@@ -90,7 +92,7 @@ class Fact:
         for text in self.paraphrases:
             check_text(text, "paraphrases")
         for field, prompt in (("prompt", self.prompt), *(("paraphrases", text) for text in self.paraphrases)):
-            if not self.answer_in_prompt and gives_away(prompt, self.answer):
+            if not self.answer_in_prompt and not self.chat and gives_away(prompt, self.answer):
                 raise ValueError(
                     f"field {field!r} contains the answer {self.answer!r}: {prompt!r} gives it away; "
                     f"reword it, or set answer_in_prompt to true for multiple choice"
@@ -108,4 +110,4 @@ class Fact:
     @property
     def text(self) -> str:
         """The prompt and the answer as one text."""
-        return self.join(self.prompt, self.answer)
+        return self.prompt + self.answer if self.chat else self.join(self.prompt, self.answer)

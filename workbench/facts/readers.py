@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from workbench.facts import foreign, shipped
-from workbench.facts.records import FIELDS, REQUIRED, Placed, need, refuse_unknown, to_facts
+from workbench.facts.records import FIELDS, FLAGS, REQUIRED, Placed, need, refuse_unknown, to_facts
 from workbench.facts.sets import FactSet
 from workbench.facts.sources import KINDS, Kind, Source, open_source
 
@@ -58,9 +58,8 @@ def _from_cells(place: str, cells: Mapping[str, str]) -> dict[str, Any]:
         )
     if "neighbours" in record:
         record["neighbours"] = _json_cell(place, "neighbours", record["neighbours"])
-    if "answer_in_prompt" in record:
-        word = record["answer_in_prompt"].strip().lower()
-        record["answer_in_prompt"] = {"true": True, "false": False}.get(word, record["answer_in_prompt"])
+    for flag in set(FLAGS) & set(record):
+        record[flag] = {"true": True, "false": False}.get(record[flag].strip().lower(), record[flag])
     return record
 
 
@@ -79,6 +78,7 @@ FORMATS: dict[str, Format] = {
     "counterfact": Format(foreign.read_counterfact, _json_with("requested_rewrite"), "json"),
     "counterfact-new": Format(foreign.read_counterfact_new, lambda source: False, "json"),
     "mmlu": Format(foreign.read_mmlu, foreign.is_mmlu, None),
+    "mmlu-loki": Format(foreign.read_mmlu_loki, lambda source: False, None),
 }
 
 
@@ -87,7 +87,8 @@ def load_facts(name_or_path: str | os.PathLike[str], *, format: str = "auto") ->
 
     Shipped are `world`, and `fictional` (200 facts, seed 0), also as `fictional:120` (120 facts) or `fictional:120:7`
     (120 facts, seed 7). The format is found from the content unless it is given: native, csv, lre, pararel,
-    counterfact, counterfact-new (the untrue targets) or mmlu. A folder may hold many files of one format.
+    counterfact, counterfact-new (the untrue targets), mmlu or mmlu-loki (the questions in LoKI's words, for
+    `FactSet.as_chat`). A folder may hold many files of one format.
     Raises FileNotFoundError or ValueError with one sentence that names file, line (or record) and field.
     """
     name = os.fspath(name_or_path)

@@ -14,7 +14,8 @@ from workbench.facts.nouns import Fact, Neighbour, check_text, gives_away, order
 logger = logging.getLogger(__name__)
 
 REQUIRED = ("prompt", "answer")
-FIELDS = ("id", "relation", "subject", "prompt", "answer", "paraphrases", "neighbours", "answer_in_prompt")
+FIELDS = ("id", "relation", "subject", "prompt", "answer", "paraphrases", "neighbours", "answer_in_prompt", "chat")
+FLAGS = ("answer_in_prompt", "chat")
 MOST_NEIGHBOURS = 5
 
 
@@ -26,11 +27,11 @@ class Placed(NamedTuple):
 
 
 def to_record(fact: Fact) -> dict[str, Any]:
-    """Write a fact as a native record; `answer_in_prompt` appears only where it is true."""
+    """Write a fact as a native record; `answer_in_prompt` and `chat` appear only where they are true."""
     record: dict[str, Any] = {field: getattr(fact, field) for field in ("id", "relation", "subject", *REQUIRED)}
     record["paraphrases"] = list(fact.paraphrases)
     record["neighbours"] = [{"prompt": one.prompt, "answer": one.answer} for one in fact.neighbours]
-    return record | ({"answer_in_prompt": True} if fact.answer_in_prompt else {})
+    return record | {field: True for field in FLAGS if getattr(fact, field)}
 
 
 def to_facts(placed: Iterable[Placed]) -> tuple[Fact, ...]:
@@ -134,8 +135,9 @@ def _checked(place: str, record: Any) -> dict[str, Any]:
             raise ValueError(f"{place}: field {field!r} is {given[field]!r:.40}, not text: write it as a string")
     given["paraphrases"] = _paraphrases(place, given)
     given["neighbours"] = _neighbours(place, given)
-    if not isinstance(given.setdefault("answer_in_prompt", False), bool):
-        raise ValueError(f"{place}: field 'answer_in_prompt' is {given['answer_in_prompt']!r:.40}, not true or false")
+    for flag in FLAGS:
+        if not isinstance(given.setdefault(flag, False), bool):
+            raise ValueError(f"{place}: field {flag!r} is {given[flag]!r:.40}, not true or false")
     return given
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import math
@@ -13,7 +14,7 @@ from typing import Any, Literal, overload
 
 import pandas as pd
 
-from workbench.facts import tokens
+from workbench.facts import chat, tokens
 from workbench.facts.nouns import Fact, order_key
 from workbench.facts.records import Placed, to_facts, to_record
 from workbench.facts.tokens import TokenisedFact
@@ -180,15 +181,49 @@ class FactSet:
         )
         return FactSet(f"{self.name}:paraphrased", facts)._with_facts("list the paraphrases of facts that have none")
 
+    def per_prompt(self) -> FactSet:
+        """Give one fact per prompt: `<id>#0` for the prompt itself, `<id>#1`, ... for the paraphrases, in order.
+
+        `id.rpartition("#")[0]` is the way back to the fact. An id of the set that such an id would repeat is refused.
+
+        >>> facts = FactSet.from_records([{"id": "a", "prompt": "P", "answer": "x", "paraphrases": ["Q"]}])
+        >>> [(fact.id, fact.prompt) for fact in facts.per_prompt()]
+        [('a#0', 'P'), ('a#1', 'Q')]
+        """
+        facts = tuple(
+            replace(fact, id=f"{fact.id}#{number}", prompt=prompt, paraphrases=(), neighbours=())
+            for fact in self.facts
+            for number, prompt in enumerate((fact.prompt, *fact.paraphrases))
+        )
+        clash = sorted({fact.id for fact in facts} & set(self.ids))
+        if clash:
+            raise ValueError(f"fact set {self.name!r} has a fact {clash[0]!r}, the name of a prompt: rename that fact")
+        return FactSet(f"{self.name}:prompts", facts)._with_facts("list the prompts of a fact set")
+
     def neighbourhood(self) -> FactSet:
         """Give each neighbour prompt once, as a fact with id `<id>#n1`, ... of the first fact that names it."""
         seen: dict[str, Fact] = {}
         for fact in self.facts:
             for number, one in enumerate(fact.neighbours, start=1):
                 if one.prompt not in seen:
-                    seen[one.prompt] = Fact(f"{fact.id}#n{number}", fact.relation, "", one.prompt, one.answer)
+                    name = f"{fact.id}#n{number}"
+                    seen[one.prompt] = Fact(name, fact.relation, "", one.prompt, one.answer, chat=fact.chat)
         name = f"{self.name}:neighbourhood"
         return FactSet(name, tuple(seen.values()))._with_facts("list the neighbours of facts that have none")
+
+    def as_chat(
+        self, tokenizer: Any, *, system: str | None = None, date: datetime.date = chat.DATE, **variables: Any
+    ) -> FactSet:
+        """Give the same facts with every prompt as a user's message in the tokenizer's chat template.
+
+        The answer follows the template's generation prompt directly. `system` is a system message; `date` the day that
+        templates are told which name one; `variables` are handed to the template (as `enable_thinking=False`).
+
+        Raises:
+            ValueError: the tokenizer has no chat template, or the template refuses the conversation.
+        """
+        template = chat.Chat(tokenizer, system, date, **variables)
+        return FactSet(f"{self.name}:chat", chat.as_chat(self._with_facts("render as chats").facts, template))
 
     def tokenise(self, tokenizer: Any, bos: bool | None = None, max_tokens: int | None = None) -> list[TokenisedFact]:
         """Tokenise every fact; `bos=None` does what the tokenizer does by itself. See `TokenisedFact`."""

@@ -72,12 +72,13 @@ def _tokenise_one(fact: Fact, tokenizer: Any, with_bos: bool) -> TokenisedFact:
         raise ValueError(
             f"the answer of fact {fact.id!r} has no token of its own under this tokenizer: {fact.answer!r}; reword it"
         )
-    head = (tokenizer.bos_token_id,) if with_bos and text_ids[0] != tokenizer.bos_token_id else ()
+    begun = text_ids[0] == tokenizer.bos_token_id
+    head = (tokenizer.bos_token_id,) if with_bos and not begun and not fact.chat else ()
     return TokenisedFact(
         fact_id=fact.id,
         prompt_ids=(*head, *text_ids[:cut]),
         answer_ids=tuple(text_ids[cut:]),
-        bos=with_bos,
+        bos=begun if fact.chat else with_bos,
         boundary_moved=cut < len(prompt_ids),
     )
 

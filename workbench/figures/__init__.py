@@ -6,6 +6,7 @@ from typing import Any
 import plotly.graph_objects as go
 import plotly.offline
 
+from workbench.figures.attribution import agreement_map, gap_by_steps
 from workbench.figures.change import (
     before_after,
     drift_distance,
@@ -15,6 +16,7 @@ from workbench.figures.change import (
     text_damage,
     training_curves,
 )
+from workbench.figures.interventions import neuron_effects, suppression_curves
 from workbench.figures.knowledge import (
     load_and_selection,
     overlap_map,
@@ -25,18 +27,26 @@ from workbench.figures.knowledge import (
     within_across,
 )
 from workbench.figures.style import SUITE_NAMES, method_colour, method_name, plain
+from workbench.figures.tracing import agreement_by_role, agreement_profiles, direct_bars, lens_trajectories, trace_map
 
 __all__ = [
     "SUITE_NAMES",
     "Figure",
+    "agreement_by_role",
+    "agreement_map",
+    "agreement_profiles",
     "before_after",
+    "direct_bars",
     "drift_distance",
     "drift_geometry",
     "figure_json",
     "forgetting_compared",
+    "gap_by_steps",
+    "lens_trajectories",
     "load_and_selection",
     "method_colour",
     "method_name",
+    "neuron_effects",
     "overlap_map",
     "plain",
     "plotly_source",
@@ -45,7 +55,9 @@ __all__ = [
     "score_by_layer",
     "strongest_bars",
     "strongest_units",
+    "suppression_curves",
     "text_damage",
+    "trace_map",
     "training_curves",
     "within_across",
 ]

@@ -145,6 +145,10 @@ class HookedModel:
             inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
         return inputs
 
+    def keeping(self, last: int) -> dict[str, int]:
+        """Keyword arguments of `hf` with which it unembeds at least the `last` positions, and no others if it can."""
+        return {"logits_to_keep": last} if "logits_to_keep" in inspect.signature(self.hf.forward).parameters else {}
+
     @torch.no_grad()
     def logits(
         self,
@@ -157,10 +161,8 @@ class HookedModel:
 
         With `last`, only at that many last positions, which spares the others their unembedding.
         """
-        options: dict[str, Any] = {"use_cache": False}
-        if last is not None and "logits_to_keep" in inspect.signature(self.hf.forward).parameters:
-            options["logits_to_keep"] = last
-        logits = self.hf(**self.inputs(input_ids, attention_mask), **options).logits
+        options = {} if last is None else self.keeping(last)
+        logits = self.hf(**self.inputs(input_ids, attention_mask), use_cache=False, **options).logits
         return logits if last is None else logits[:, -last:]
 
     @torch.no_grad()

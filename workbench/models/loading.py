@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from workbench.models.devices import pick_device, pick_dtype
 from workbench.models.hooked import HookedModel
 from workbench.models.promises import check_promises, refuse_unsupported
-from workbench.models.sources import load_hf, pick_device, pick_dtype, read_tokenizer
+from workbench.models.sources import load_hf, read_tokenizer
 
 log = logging.getLogger(__name__)
 

@@ -15,10 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from workbench.models.convert import converted_gguf
+from workbench.models.devices import pick_device, pick_dtype
 from workbench.models.embedded import DEFAULT_NAME, default_model, list_models
 from workbench.models.quiet import quiet
 
-__all__ = ["LoadedModel", "default_model", "list_models", "load_hf", "pick_device", "pick_dtype"]
+__all__ = ["LoadedModel", "default_model", "list_models", "load_hf"]
 
 log = logging.getLogger(__name__)
 
@@ -70,43 +71,6 @@ def load_hf(
     _check_vocabulary(model, tokenizer, name)
     torch.nn.Module.to(model, place)
     return LoadedModel(hf=model.eval(), tokenizer=tokenizer, path=folder, name=name)
-
-
-def pick_device(device: str | torch.device = "auto") -> torch.device:
-    """Return the device to compute on; `"auto"` is CUDA, else MPS, else the CPU.
-
-    >>> pick_device("cpu")
-    device(type='cpu')
-    """
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if device == "auto":
-        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
-    try:
-        picked = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"{device!r} is no device; use 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'") from error
-    there = {"cuda": cuda, "mps": mps}.get(picked.type, True)
-    if not there or (picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count()):
-        raise ValueError(f"device {str(picked)!r} is not available here; use device='auto' or device='cpu'")
-    return picked
-
-
-def pick_dtype(
-    dtype: str | torch.dtype, device: torch.device, checkpoint: str | torch.dtype | None = None
-) -> torch.dtype:
-    """Return the floating dtype to compute in; `"auto"` is float32 on the CPU and the checkpoint's own elsewhere.
-
-    >>> pick_dtype("auto", torch.device("cpu"), torch.bfloat16)
-    torch.float32
-    >>> pick_dtype("auto", torch.device("cuda"), torch.bfloat16)
-    torch.bfloat16
-    """
-    if dtype == "auto":
-        dtype = torch.float32 if device.type == "cpu" or checkpoint is None else checkpoint
-    picked = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if not isinstance(picked, torch.dtype) or not picked.is_floating_point:
-        raise ValueError(f"{dtype!r} is no floating dtype; use 'auto', 'float32', 'bfloat16' or 'float16'")
-    return picked
 
 
 def _find(text: str, revision: str | None, trust_remote_code: bool) -> tuple[Path, str]:

@@ -1,15 +1,18 @@
 """The labelled results that flow between the rooms, and the only door to zarr."""
 
 from workbench.results.files import digest_of, load_frame, load_json, save_frame, save_json, write_atomically
+from workbench.results.hdf5 import export_hdf5, import_hdf5
 from workbench.results.labelled import open_result, save_result
 from workbench.results.run import RunDir, provenance
-from workbench.results.schema import validate_attribution, validate_interference
-from workbench.results.store import AttributionStore, open_store
+from workbench.results.schema import validate_attribution, validate_interference, validate_trace
+from workbench.results.store import AttributionStore, open_store, unwritten
 
 __all__ = [
     "AttributionStore",
     "RunDir",
     "digest_of",
+    "export_hdf5",
+    "import_hdf5",
     "load_frame",
     "load_json",
     "open_result",
@@ -18,7 +21,9 @@ __all__ = [
     "save_frame",
     "save_json",
     "save_result",
+    "unwritten",
     "validate_attribution",
     "validate_interference",
+    "validate_trace",
     "write_atomically",
 ]

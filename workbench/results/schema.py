@@ -36,8 +36,8 @@ ATTRIBUTION = Schema(
     variables=MappingProxyType(
         {
             "score": Variable(("fact", "layer", "unit")),
-            "gap": Variable(("fact", "layer")),
-            "target_prob": Variable(("fact",)),
+            "gap": Variable(("fact", "layer"), finite=False),
+            "target_prob": Variable(("fact",), finite=False),
         }
     ),
     coords=MappingProxyType(
@@ -88,10 +88,39 @@ INTERFERENCE = Schema(
     attrs=("unit",),
 )
 
+_PER_ROLE = Variable(("fact", "layer", "role"), finite=False)  # NaN where a fact has no token of the role
+
+TRACE = Schema(
+    name="trace",
+    variables=MappingProxyType(
+        {
+            "effect": _PER_ROLE,
+            "effect_logprob": _PER_ROLE,
+            "p_clean": Variable(("fact",)),
+            "p_corrupt": Variable(("fact",)),
+            "logprob_clean": Variable(("fact",)),
+            "logprob_corrupt": Variable(("fact",)),
+            "n_tokens": Variable(("fact", "role"), "i"),
+        }
+    ),
+    coords=MappingProxyType(
+        {
+            "fact": Variable(("fact",), "t"),
+            "layer": Variable(("layer",), "i"),
+            "role": Variable(("role",), "t"),
+            "relation": Variable(("fact",), "t"),
+        }
+    ),
+    attrs=("site", "noise", "noise_std", "draws", "window", "seed", "model_digest", "fact_digest"),
+)
+
 
 def validate_attribution(ds: xr.Dataset) -> None:
     """Raise `ValueError` with one sentence unless `ds` is a complete attribution result."""
     _validate(ds, ATTRIBUTION)
+    for name in ("gap", "target_prob"):  # NaN throughout where they are not known, as in results from elsewhere
+        if not ds[name].isnull().all():
+            _check_finite(ds[name], "This attribution result")
 
 
 def validate_interference(ds: xr.Dataset) -> None:
@@ -99,6 +128,14 @@ def validate_interference(ds: xr.Dataset) -> None:
     _validate(ds, INTERFERENCE)
     if not np.array_equal(ds["fact"].values.astype(str), ds["other"].values.astype(str)):
         raise ValueError("An interference result has the same facts, in the same order, on `fact` and on `other`.")
+
+
+def validate_trace(ds: xr.Dataset) -> None:
+    """Raise `ValueError` with one sentence unless `ds` is a complete causal trace."""
+    _validate(ds, TRACE)
+    absent = ds["effect"].isnull() != (ds["n_tokens"] == 0)
+    if bool(absent.any()):
+        raise ValueError("A trace has an effect for every role of which a fact has tokens, and NaN for the others.")
 
 
 def _validate(ds: xr.Dataset, schema: Schema) -> None:
@@ -115,7 +152,7 @@ def _validate(ds: xr.Dataset, schema: Schema) -> None:
     missing = [name for name in schema.attrs if name not in ds.attrs]
     if missing:
         raise ValueError(f"{what} does not say its {', '.join(missing)}: put it into the attributes.")
-    if ds.attrs["unit"] not in ("node", "neuron"):
+    if "unit" in schema.attrs and ds.attrs["unit"] not in ("node", "neuron"):
         raise ValueError(f'{what} has the unit kind {ds.attrs["unit"]!r}: it is "node" or "neuron".')
     for name in ("fact", "layer"):
         index = ds.indexes[name]

@@ -3,9 +3,11 @@
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
@@ -25,11 +27,18 @@ class AttributionStore:
     """Scores by fact, written in any order; facts that are not `done` are still `todo`.
 
     Made by `open_store`. A write puts the numbers first and the mark `done` last, so that a process killed in between
-    leaves the facts of that one write to do again, and nothing else.
+    leaves the facts of that one write to do again, and nothing else. Memory does not grow with the number of facts,
+    but for their ids (and in memory, with `path=None`, for the result itself).
     """
 
-    def __init__(self, arrays: Mapping[str, Any], path: Path | None, labels: xr.Dataset) -> None:
-        self._arrays, self._labels = arrays, labels
+    def __init__(
+        self,
+        arrays: Mapping[str, Any],
+        path: Path | None,
+        labels: xr.Dataset,
+        publish: Callable[[], Mapping[str, Any]] | None = None,
+    ) -> None:
+        self._arrays, self._labels, self._publish = arrays, labels, publish
         self.path = path
         self._done = np.array(arrays["done"][:], dtype=bool)
 
@@ -47,12 +56,16 @@ class AttributionStore:
         self,
         indices: Sequence[int],
         score: Float[np.ndarray, "batch layer unit"],
-        gap: Float[np.ndarray, "batch layer"],
-        target_prob: Float[np.ndarray, " batch"],
+        gap: Float[np.ndarray, "batch layer"] | None,
+        target_prob: Float[np.ndarray, " batch"] | None,
     ) -> None:
-        """Write the numbers of these facts, then mark them done; numbers that are not finite are refused first."""
+        """Write the numbers of these facts, then mark them done; numbers that are not finite are refused first.
+
+        Gaps and probabilities are None where they are not known (in results from elsewhere); they read as NaN.
+        """
         where = np.asarray(indices, dtype=np.int64)
-        values = {"score": score, "gap": gap, "target_prob": target_prob}
+        given = {"score": score, "gap": gap, "target_prob": target_prob}
+        values = {name: value for name, value in given.items() if value is not None}
         for name, value in values.items():
             expected = (len(where), *self._arrays[name].shape[1:])
             if value.shape != expected:
@@ -71,18 +84,21 @@ class AttributionStore:
             for name, value in values.items():
                 _put(self._arrays[name], where[order], value[order].astype(np.float32))
             _put(self._arrays["done"], where[order], np.ones(len(where), dtype=bool))
+            if self._publish is not None:
+                self._arrays, self._publish = self._publish(), None
         self._done[where] = True
 
     def dataset(self, *, partial: bool = False) -> xr.Dataset:
         """Return the result: lazily from the folder, or from memory; see `open_result` for `partial`."""
-        if self.path is not None:
-            return open_result(self.path, partial=partial)
         if self.todo and not partial:
             raise ValueError(f"{len(self.todo)} facts are not attributed yet: write them, or pass partial=True.")
-        ds = self._labels.assign(
-            score=(("fact", "layer", "unit"), self._arrays["score"]),
-            gap=(("fact", "layer"), self._arrays["gap"]),
-            target_prob=(("fact",), self._arrays["target_prob"]),
+        if self.path is not None and self._publish is None:
+            return open_result(self.path, partial=partial)
+        waiting = self._publish is not None  # to replace an earlier result: nothing is written yet
+        labels = self._labels.isel(fact=[]) if waiting else self._labels
+        dims = {"score": ("fact", "layer", "unit"), "gap": ("fact", "layer"), "target_prob": ("fact",)}
+        ds = labels.assign(
+            {name: (dims[name], self._arrays[name][:0] if waiting else self._arrays[name]) for name in dims}
         )
         return ds.isel(fact=self.done) if self.todo else ds
 
@@ -103,7 +119,8 @@ def open_store(
 
     `attrs` (settings, model digest, fact digest) must equal those of the stored result, else `ValueError` names what
     differs; `notes` are recorded but not compared. `path=None` keeps everything in memory. `resume=False` replaces an
-    earlier result, and only a result. A second writer to the same path is refused while this one is open.
+    earlier result, and only a result, when the first facts of the new one are written: what fails before leaves the
+    earlier result as it was. A second writer to the same path is refused while this one is open.
 
     >>> with open_store(None, ids=["a"], relations=["r"], n_layers=1, n_units=2, attrs={"unit": "node"}) as store:
     ...     store.write([0], np.ones((1, 1, 2)), np.zeros((1, 1)), np.array([0.5]))
@@ -120,18 +137,65 @@ def open_store(
     folder = Path(path)
     with exclusive(folder.with_name(folder.name + ".lock"), f"{folder} is being written by another process"):
         check_replaceable(folder, kind="attribution")
-        if resume and kind_of(folder) is not None:
+        if kind_of(folder) is not None and not resume:
+            with _replacement(folder, labels) as store:
+                yield store
+            return
+        if kind_of(folder) is not None:
             _check_same(folder, labels, settings)
         else:
             with one_sentence_disk_errors(folder):
                 replace_folder(folder, lambda fresh: _create(fresh, labels))
-        group = zarr.open_group(folder, mode="r+", zarr_format=3)
-        yield AttributionStore({name: group[name] for name in ("score", "gap", "target_prob", "done")}, folder, labels)
+        yield AttributionStore(_zarr_arrays(folder), folder, labels)
+
+
+def unwritten(
+    path: str | Path | None,
+    *,
+    ids: Sequence[str],
+    relations: Sequence[str],
+    n_layers: int,
+    n_units: int,
+    attrs: Mapping[str, Any],
+    resume: bool = True,
+) -> list[int]:
+    """Say which facts `open_store` with the same arguments would have to do, and raise what it would; touch nothing."""
+    if path is None:
+        return list(range(len(ids)))
+    folder = Path(path)
+    check_replaceable(folder, kind="attribution")
+    if kind_of(folder) is None or not resume:
+        return list(range(len(ids)))
+    settings = _as_stored(attrs)
+    _check_same(folder, _labels(ids, relations, n_layers, n_units, settings), settings)
+    return [int(i) for i in np.flatnonzero(~_zarr_arrays(folder, mode="r")["done"][:])]
+
+
+@contextlib.contextmanager
+def _replacement(folder: Path, labels: xr.Dataset) -> Iterator[AttributionStore]:
+    """A new result beside the one in `folder`, which takes its place at the first write."""
+    prepared = folder.with_name(f".{folder.name}.{os.getpid()}.new")
+
+    def publish() -> Mapping[str, Any]:
+        replace_folder(folder, prepared.rename)
+        return _zarr_arrays(folder)
+
+    try:
+        with one_sentence_disk_errors(folder):
+            _create(prepared, labels)
+        yield AttributionStore(_zarr_arrays(prepared), folder, labels, publish)
+    finally:
+        shutil.rmtree(prepared, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def exclusive(lock: Path, busy: str) -> Iterator[None]:
-    """Hold a lock file, or raise `ValueError` at once with the sentence `busy`; a crash releases it."""
+    """Hold a lock file, or raise `ValueError` at once with the sentence `busy`; a crash releases it.
+
+    The file goes before the lock does. That is safe: whoever opened it meanwhile gets the lock of a file without a
+    name, which filelock notices (since 3.24), and whoever comes later makes a new file. Where an open file cannot be
+    deleted (Windows), filelock deletes it itself.
+    """
     with one_sentence_disk_errors(lock):
         lock.parent.mkdir(parents=True, exist_ok=True)
         held = FileLock(lock)
@@ -142,6 +206,8 @@ def exclusive(lock: Path, busy: str) -> Iterator[None]:
     try:
         yield
     finally:
+        with contextlib.suppress(OSError):
+            lock.unlink()
         held.release()
 
 
@@ -168,6 +234,12 @@ def _specifications(n_facts: int, n_layers: int, n_units: int) -> dict[str, tupl
         "target_prob": (("fact",), np.float32, small, np.nan),
         "done": (("fact",), np.bool_, small, False),
     }
+
+
+def _zarr_arrays(folder: Path, mode: Literal["r", "r+"] = "r+") -> dict[str, Any]:
+    """The arrays of numbers of a stored result, with the mark `done`."""
+    group = zarr.open_group(folder, mode=mode, zarr_format=3)
+    return {name: group[name] for name in ("score", "gap", "target_prob", "done")}
 
 
 def _numpy_arrays(n_facts: int, n_layers: int, n_units: int) -> dict[str, np.ndarray]:

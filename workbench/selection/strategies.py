@@ -168,6 +168,11 @@ def layer_balanced(source: ScoreSource, quota: Quota, seed: int) -> np.ndarray:
     return _vote_per_layer(source, [k] * len(source.layers))
 
 
+def layer_highest(source: ScoreSource, quota: Quota, seed: int) -> np.ndarray:
+    """`layer_balanced` of the negated scores: in every layer the units that most facts rank among its highest."""
+    return layer_balanced(_negated(source), quota, seed)
+
+
 def per_layer_budget(source: ScoreSource, quota: Quota, seed: int) -> np.ndarray:
     """As `layer_balanced`, with a percentage for each layer; 0, or a layer left out of a mapping, freezes it."""
     return _vote_per_layer(source, _budgets(quota, source))
@@ -183,7 +188,7 @@ def global_lowest(source: ScoreSource, quota: Quota, seed: int) -> np.ndarray:
 
 def global_highest(source: ScoreSource, quota: Quota, seed: int) -> np.ndarray:
     """`global_lowest` of the negated scores: most often among the highest; ties by higher mean, then lower index."""
-    return global_lowest(source._replace(transform=lambda scores: -source.transform(scores)), quota, seed)
+    return global_lowest(_negated(source), quota, seed)
 
 
 def random(source: ScoreSource, quota: Quota, seed: int) -> np.ndarray:
@@ -195,14 +200,29 @@ def random(source: ScoreSource, quota: Quota, seed: int) -> np.ndarray:
     return chosen
 
 
+def global_random(source: ScoreSource, quota: Quota, seed: int) -> np.ndarray:
+    """As many units as `global_lowest`, drawn by seed from all eligible layers without looking at the scores."""
+    shape = (len(source.layers), source.n_units)
+    k = _budget(quota, shape[0] * shape[1], "all eligible layers")
+    chosen = np.zeros(shape[0] * shape[1], dtype=bool)
+    chosen[np.random.default_rng(seed).choice(chosen.size, k, replace=False)] = True
+    return chosen.reshape(shape)
+
+
 STRATEGIES: dict[str, Callable[[ScoreSource, Quota, int], np.ndarray]] = {
     "layer_balanced": layer_balanced,
+    "layer_highest": layer_highest,
     "per_layer_budget": per_layer_budget,
     "global_lowest": global_lowest,
     "global_highest": global_highest,
     "random": random,
+    "global_random": global_random,
 }
 SCORES: dict[str, Callable[[np.ndarray], np.ndarray]] = {"signed": lambda scores: scores, "magnitude": np.abs}
+
+
+def _negated(source: ScoreSource) -> ScoreSource:
+    return source._replace(transform=lambda scores: -source.transform(scores))
 
 
 def _vote_per_layer(source: ScoreSource, budgets: Sequence[int]) -> np.ndarray:

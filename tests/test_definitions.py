@@ -1,0 +1,141 @@
+"""Published definitions and exact effects, each against a second way: Captum, the papers' sums, zeroed weights."""
+
+import numpy as np
+import pytest
+import torch
+from captum.attr import LayerIntegratedGradients
+from test_attribution import run
+from tiny import FACTS, tiny
+
+from workbench.facts import FactSet, load_facts
+from workbench.metrics import logprob, prob
+from workbench.models import HookedModel, load_model
+
+KINDS = ["gpt2", "llama", "qwen2", "gemma3_text", "opt", "gpt_neox"]
+ONE_TOKEN = FACTS.filter(ids=["france", "gold", "hot"])
+
+
+def captum(model: HookedModel, ids: torch.Tensor, n_steps: int = 7) -> np.ndarray:
+    """What LoKI's released script computes: Captum on every down-projection, read at the last position."""
+
+    def probability(input_ids: torch.Tensor) -> torch.Tensor:
+        return model.hf(input_ids, use_cache=False).logits[:, -1].softmax(-1)
+
+    with torch.no_grad():
+        target = int(probability(ids).argmax(-1))
+    rows = []
+    for layer in range(model.n_layers):
+        scores = LayerIntegratedGradients(probability, model.down_proj(layer)).attribute(
+            ids, baselines=torch.zeros_like(ids), target=target, n_steps=n_steps, method="riemann_trapezoid"
+        )
+        rows.append(scores.reshape(-1, scores.shape[-1])[-1].detach().numpy())  # OPT flattens batch and position
+    return np.stack(rows)
+
+
+def worst(ours: np.ndarray, theirs: np.ndarray) -> float:
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loki_code_equals_captum(kind: str) -> None:
+    model = tiny(kind)
+    ds = run(model, ONE_TOKEN, method="loki-code")
+    for row, fact in enumerate(ONE_TOKEN.tokenise(model.tokenizer)):
+        ids = torch.tensor([fact.prompt_ids])
+        assert worst(ds["score"].values[row], captum(model, ids)) <= 1e-6
+        assert worst(ds["score"].values[row], captum(model, ids, 8)) > 1e-3  # negative control
+
+
+@pytest.mark.real
+def test_loki_code_equals_captum_on_the_default_model() -> None:
+    model = load_model("smollm2-135m")
+    facts = load_facts("world").filter(ids=load_facts("world").ids[:300:100])
+    assert len(facts) == 3
+    ds = run(model, facts, method="loki-code")
+    for row, fact in enumerate(facts.tokenise(model.tokenizer)):
+        assert worst(ds["score"].values[row], captum(model, torch.tensor([fact.prompt_ids]))) <= 1e-6
+
+
+def path_gradient(model: HookedModel, ids: torch.Tensor, unit: str, layer: int, alpha: float, objective, target: int):
+    """(activation, gradient) of one layer's units at the last position, its activations scaled by alpha."""
+    seen: list[torch.Tensor] = []
+
+    def scaled(value: torch.Tensor) -> torch.Tensor:
+        leaf = (alpha * value[:, -1]).detach().requires_grad_()
+        seen.extend([value[0, -1].detach(), leaf])
+        return torch.cat([value[:, :-1], leaf[:, None]], 1)
+
+    with model.patched(unit, {layer: scaled}):
+        logits = model.hf(ids, use_cache=False).logits[:, -1]
+    objective(logits, torch.tensor([target])).sum().backward(inputs=[seen[1]])
+    return seen[0].numpy(), seen[1].grad[0].numpy()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gemma3_text", "opt"])
+@pytest.mark.parametrize(("method", "first"), [("kn", 1), ("kn-code", 0)])
+def test_knowledge_neurons_equal_the_sum_as_written(kind: str, method: str, first: int) -> None:
+    """`(a/m) sum_{k=first..} dP(k/m a)/da`, m = 20."""
+    model, fact = tiny(kind), ONE_TOKEN.tokenise(tiny(kind).tokenizer)[0]
+    ours = run(model, ONE_TOKEN.filter(ids=["france"]), method=method)["score"].values[0]
+    ids, target = torch.tensor([fact.prompt_ids]), fact.answer_ids[0]
+    for layer in range(model.n_layers):
+        parts = [path_gradient(model, ids, "neuron", layer, k / 20, prob, target) for k in range(first, first + 20)]
+        written = parts[0][0] / 20 * sum(gradient for _, gradient in parts)
+        np.testing.assert_allclose(ours[layer], written, atol=1e-5 * np.abs(ours).max())
+
+
+def test_loki_paper_is_the_mean_gradient_without_the_activation() -> None:
+    model, fact = tiny("llama"), ONE_TOKEN.tokenise(tiny("llama").tokenizer)[0]
+    ours = run(model, ONE_TOKEN.filter(ids=["france"]), method="loki-paper")["score"].values[0]
+    ids, target = torch.tensor([fact.prompt_ids]), fact.answer_ids[0]
+    for layer in range(model.n_layers):
+        parts = [path_gradient(model, ids, "node", layer, k / 7, logprob, target)[1] for k in range(1, 8)]
+        np.testing.assert_allclose(ours[layer], np.mean(parts, 0), atol=1e-5 * np.abs(ours).max())
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma2", "opt"])
+@pytest.mark.parametrize("unit", ["node", "neuron"])
+def test_ablation_equals_weights_set_to_zero(kind: str, unit: str) -> None:
+    """A neuron is a column of the down-projection, a node a row with its bias; every position loses it."""
+    model = tiny(kind)
+    facts = FACTS.filter(ids=["france", "sky"])
+    ours = run(model, facts, method="ablation", unit=unit, scope="all")["score"].values
+    last = run(model, facts, method="ablation", unit=unit)["score"].values
+    for row, fact in enumerate(facts.tokenise(model.tokenizer)):
+        ids, target = torch.tensor([fact.ids[:-1]]), torch.tensor([fact.answer_ids])
+        if len(fact.answer_ids) > 1:
+            continue  # the answer's own positions keep the unit in the engine, and lose it with the weights
+        clean = logprob(model.logits(ids)[:, -1:], target).sum()
+        for layer, index in [(0, 3), (1, 0), (2, 17)]:
+            module = model.down_proj(layer)
+            rows_out = type(module).__name__ == "Conv1D"
+            places = [module.weight.data[:, index] if (unit == "node") == rows_out else module.weight.data[index]]
+            if unit == "node" and module.bias is not None:
+                places.append(module.bias.data[index : index + 1])
+            kept = [place.clone() for place in places]
+            try:
+                for place in places:
+                    place.zero_()
+                effect = float(clean - logprob(model.logits(ids)[:, -1:], target).sum())
+            finally:
+                for place, old in zip(places, kept, strict=True):
+                    place.copy_(old)
+            assert ours[row, layer, index] == pytest.approx(effect, abs=5e-6)
+            if layer == 0 and abs(effect) > 1e-3:  # negative control: the last position alone is another number
+                assert last[row, layer, index] != pytest.approx(effect, abs=1e-6)
+
+
+def test_random_is_drawn_by_seed_and_fact_and_activation_is_what_the_model_says() -> None:
+    model = tiny("llama")
+    one, again, other = (run(model, method="random", seed=seed)["score"] for seed in (1, 1, 2))
+    np.testing.assert_array_equal(one, again)
+    assert abs(float(np.corrcoef(one.values.ravel(), other.values.ravel())[0, 1])) < 0.1
+    alone = run(model, FACTS.filter(ids=["gold"]), method="random", seed=1)["score"]
+    np.testing.assert_array_equal(alone.sel(fact="gold"), one.sel(fact="gold"))
+    assert float(one.std()) == pytest.approx(1, abs=0.05)
+    seen: list[torch.Tensor] = []
+    (fact,) = FACTS.filter(ids=["gold"]).tokenise(model.tokenizer)
+    with model.patched("node", {1: lambda value: seen.append(value[0, -1]) or value}):
+        model.logits(torch.tensor([fact.prompt_ids]))
+    activation = run(model, FactSet("gold", FACTS.filter(ids=["gold"]).facts), method="activation")["score"]
+    np.testing.assert_allclose(activation.values[0, 1], seen[0], atol=1e-6)

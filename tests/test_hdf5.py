@@ -1,0 +1,214 @@
+"""LoKI's HDF5 files: read as its own selection reads them, written as its own scripts write them."""
+
+import builtins
+import errno
+import json
+import tracemalloc
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from test_cli import call
+from test_results import attribution
+from test_store import full_disk, names
+
+from workbench.facts import FactSet
+from workbench.results import export_hdf5, hdf5, import_hdf5, open_result, save_result, validate_attribution
+from workbench.selection import select
+
+RNG = np.random.default_rng(0)
+SCORES = RNG.normal(size=(7, 3, 20)).astype(np.float16)
+METADATA = {
+    "model_name": "some/model", "model_type": "llama", "num_layers": 3, "hidden_size": 20, "ig_steps": 7,
+    "ig_method": "riemann_trapezoid", "seed": 42, "dataset": "MMLU", "config": json.dumps({"a": [1]}),
+}  # fmt: skip
+
+
+def theirs(path: Path, scores: np.ndarray = SCORES, **metadata: object) -> Path:
+    """A file as LoKI's format description has it, grown sample by sample."""
+    with h5py.File(path, "w") as file:
+        shape = scores.shape[1:]
+        array = file.create_dataset(
+            "dataset", (0, *shape), maxshape=(None, *shape), dtype=scores.dtype, chunks=True, compression="gzip"
+        )
+        for row, score in enumerate(scores):
+            array.resize(row + 1, axis=0)
+            array[row] = score
+        array.attrs.update({f"metadata_{name}": value for name, value in metadata.items()})
+    return path
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_their_file_becomes_a_result(tmp_path: Path, on_disk: bool, monkeypatch) -> None:
+    monkeypatch.setattr(hdf5, "BYTES_AT_ONCE", 2 * 4 * 3 * 20)  # two samples at a time
+    ds = import_hdf5(theirs(tmp_path / "kva.h5", **METADATA), tmp_path / "a.zarr" if on_disk else None)
+    validate_attribution(ds)
+    assert np.array_equal(ds["score"].values, SCORES.astype(np.float32))
+    assert ds["score"].dtype == np.float32
+    assert ds["fact"].values.tolist() == [f"sample/{i}" for i in range(7)]
+    assert np.isnan(ds["gap"].values).all()
+    assert np.isnan(ds["target_prob"].values).all()
+    said = {name: ds.attrs[name] for name in ("unit", "method", "steps", "rule", "baseline", "scope", "objective")}
+    assert said == {"unit": "node", "method": "loki-code", "steps": 7, "rule": "riemann_trapezoid", "baseline": "blank",
+                    "scope": "all", "objective": "prob"}  # fmt: skip
+    assert ds.attrs["notes"]["loki"]["model_name"] == "some/model"
+    assert ds.attrs["notes"]["loki"]["config"] == {"a": [1]}
+
+
+def test_a_file_of_the_first_version_says_nothing_of_itself(tmp_path: Path) -> None:
+    ds = import_hdf5(theirs(tmp_path / "old.h5", SCORES.astype(np.float32)), unit="neuron")
+    assert (ds.attrs["unit"], ds.attrs["method"], ds.attrs["steps"]) == ("neuron", "unknown", "unknown")
+
+
+def test_selection_from_their_file_is_selection_from_the_numbers(tmp_path: Path) -> None:
+    ds = import_hdf5(theirs(tmp_path / "kva.h5", **METADATA), tmp_path / "a.zarr")
+    k = 2  # 10% of 20 nodes
+    counts = np.zeros((3, 20), int)
+    for sample in SCORES:
+        for layer, row in enumerate(sample):
+            counts[layer, np.argsort(row, kind="stable")[:k]] += 1
+    for layer, rows in enumerate(select(ds, quota=10).positions()):
+        least = np.sort(counts[layer])[-k]
+        assert len(rows) == k
+        assert all(counts[layer, row] >= least for row in rows)
+    mirrored = import_hdf5(theirs(tmp_path / "minus.h5", -SCORES, **METADATA))
+    assert select(mirrored, quota=10).positions() != select(ds, quota=10).positions()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_ours_goes_out_and_comes_back(tmp_path: Path, dtype: str) -> None:
+    ds = attribution()
+    path = export_hdf5(ds, tmp_path / "deep" / "ours.h5", dtype=dtype)
+    assert names(path.parent) == ["ours.h5"]
+    with h5py.File(path) as file:  # what LoKI's selection reads, and what its writers would go on with
+        array = file["dataset"]
+        assert array.shape == ds["score"].shape
+        assert array.dtype == np.dtype(dtype)
+        assert array.maxshape[0] is None
+        assert array.compression == "gzip"
+        assert array.attrs["metadata_hidden_size"] == ds.sizes["unit"]
+        assert array.attrs["metadata_ig_method"] == "riemann_middle"
+        assert np.array_equal(array[:], ds["score"].values.astype(dtype))
+    back = import_hdf5(path, tmp_path / "back.zarr")
+    validate_attribution(back)
+    assert np.array_equal(back["score"].values, ds["score"].values.astype(dtype).astype(np.float32))
+    assert np.array_equal(back["score"].values, ds["score"].values) == (dtype == "float32")
+    for name in ("fact", "relation", "gap", "target_prob"):
+        assert np.array_equal(back[name].values, ds[name].values)
+    assert {name: value for name, value in back.attrs.items() if name != "imported"} == ds.attrs
+
+
+def test_samples_get_the_names_of_the_facts(tmp_path: Path) -> None:
+    path = theirs(tmp_path / "kva.h5")
+    ds = import_hdf5(path, ids=list("abcdefg"), relations=["r"] * 7, fact_digest="d")
+    assert ds["fact"].values.tolist() == list("abcdefg")
+    assert ds["relation"].values.tolist() == ["r"] * 7
+    assert ds.attrs["fact_digest"] == "d"
+    with pytest.raises(ValueError, match="holds 7 samples, but 2 facts were given"):
+        import_hdf5(path, ids=["a", "b"])
+
+
+def test_an_import_that_was_cut_short_goes_on(tmp_path: Path, monkeypatch) -> None:
+    path = theirs(tmp_path / "kva.h5", **METADATA)
+    monkeypatch.setattr(hdf5, "BYTES_AT_ONCE", 1)
+    with full_disk(monkeypatch, after=4, of="done/c"), pytest.raises(OSError, match="The disk is full"):
+        import_hdf5(path, tmp_path / "a.zarr")
+    assert open_result(tmp_path / "a.zarr", partial=True).sizes["fact"] == 4
+    assert np.array_equal(import_hdf5(path, tmp_path / "a.zarr")["score"].values, SCORES.astype(np.float32))
+    theirs(path, -SCORES, **METADATA)
+    with pytest.raises(ValueError, match="differs in imported"):
+        import_hdf5(path, tmp_path / "a.zarr")
+
+
+def test_memory_is_flat_in_the_number_of_samples(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(hdf5, "BYTES_AT_ONCE", 2**18)
+
+    def peak(n: int, out: Path | None) -> int:
+        path = theirs(tmp_path / f"{n}.h5", np.ones((n, 4, 1024), np.float16))
+        tracemalloc.start()
+        export_hdf5(import_hdf5(path, out), tmp_path / "back.h5")
+        top = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return top
+
+    peak(16, tmp_path / "warm.zarr")
+    few, many = peak(40, tmp_path / "few.zarr"), peak(200, tmp_path / "many.zarr")
+    added = 160 * 4 * 1024 * 4
+    assert many - few < added / 5
+    assert peak(200, None) - few > added * 0.9
+
+
+def test_what_does_not_fit_is_one_sentence(tmp_path: Path) -> None:
+    def file(name: str, **arrays: np.ndarray) -> Path:
+        with h5py.File(tmp_path / name, "w") as opened:
+            for key, value in arrays.items():
+                opened.create_dataset(key, data=value)
+        return tmp_path / name
+
+    (tmp_path / "text.h5").write_text("no")
+    bad = SCORES.copy()
+    bad[4, 0, 0] = np.inf
+    for path, message in [
+        (file("other.h5", scores=SCORES, x=np.zeros(2)), r"no array `dataset`.*found scores, x"),
+        (file("flat.h5", dataset=SCORES[0]), r"`dataset` is float16 of shape \(3, 20\)"),
+        (file("whole.h5", dataset=np.zeros((1, 2, 3), int)), "`dataset` is int64"),
+        (file("none.h5", dataset=np.zeros((0, 2, 3))), "holds no scores"),
+        (file("inf.h5", dataset=bad), "sample 4 has scores that are NaN or infinite"),
+        (tmp_path / "text.h5", "not a readable HDF5 file"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            import_hdf5(path)
+    with pytest.raises(FileNotFoundError, match="There is no file"):
+        import_hdf5(tmp_path / "nowhere.h5")
+    with pytest.raises(ValueError, match="Only an attribution result"):
+        export_hdf5(attribution().drop_vars("score"), tmp_path / "x.h5")
+    with pytest.raises(ValueError, match="do not fit float16"):
+        export_hdf5(attribution() * 1e6, tmp_path / "x.h5", dtype="float16")
+    assert not (tmp_path / "x.h5").exists()
+
+
+def test_a_full_disk_leaves_the_earlier_file(tmp_path: Path, monkeypatch) -> None:
+    path = export_hdf5(attribution(), tmp_path / "a.h5")
+    before = path.read_bytes()
+    for error in (
+        OSError(errno.ENOSPC, "No space left"),
+        RuntimeError("... error message = 'No space left on device'"),
+    ):
+
+        def full(*_: object, error: Exception = error) -> None:
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(hdf5, "_write", full)
+            with pytest.raises(OSError, match="The disk is full while writing"):
+                export_hdf5(attribution(), path)
+    assert path.read_bytes() == before
+    assert names(tmp_path) == ["a.h5"]
+
+
+def test_without_h5py_one_sentence_says_what_to_install(tmp_path: Path, monkeypatch, capsys) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *rest: object, **more: object) -> object:
+        if name == "h5py":
+            raise ImportError(name)
+        return real(name, *rest, **more)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    assert call(monkeypatch, "convert", str(tmp_path / "a.h5"), str(tmp_path / "a.zarr")) == 1
+    assert "pip install knowledge-workbench[hdf5]" in capsys.readouterr().err
+
+
+def test_the_command_converts_both_ways(tmp_path: Path, monkeypatch, capsys) -> None:
+    save_result(attribution(), tmp_path / "a.zarr", kind="attribution")
+    facts = FactSet.from_records([{"id": f"f{i}", "prompt": f"p{i}", "answer": "x"} for i in range(5)])
+    listed = str(facts.save(tmp_path / "facts.jsonl"))
+    assert call(monkeypatch, "convert", str(tmp_path / "a.zarr"), str(tmp_path / "a.h5")) == 0
+    assert call(monkeypatch, "convert", str(tmp_path / "a.h5"), str(tmp_path / "b.zarr"), "--facts", listed) == 0
+    assert "5 facts, 3 layers, 4 nodes a layer" in capsys.readouterr().out
+    back = open_result(tmp_path / "b.zarr")
+    assert np.array_equal(back["score"].values, attribution()["score"].values)
+    assert tuple(back["fact"].values) == facts.ids
+    assert call(monkeypatch, "convert", str(tmp_path / "a.h5"), str(tmp_path / "c.h5")) == 1
+    assert "must end in .h5, and only one" in capsys.readouterr().err

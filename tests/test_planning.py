@@ -1,0 +1,141 @@
+"""The dry run: what it says against what then happens, counted a second way."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_cli import call
+from test_store import names
+from tiny import FACTS, saved, tiny
+
+from workbench.attribution import METHODS, attribute
+from workbench.planning import QUERIES, Plan, plan
+from workbench.results import open_result
+
+#: Every kind of pass: gradients of queries, one gradient, ablation, none; blank baselines and whole prompts.
+SETTINGS: list[dict[str, Any]] = [
+    *({"method": method} for method in METHODS if method != "ig"),
+    {"steps": 3},
+    {"steps": 5, "scope": "all", "unit": "neuron"},
+    {"steps": 7, "baseline": "blank", "target": "predicted"},
+    {"rule": "trapezoid", "batch_size": 3},
+    {"steps": 16, "batch_size": 1, "memory": 0.0005},
+]
+
+
+@contextmanager
+def forwards(model: Any) -> Iterator[list[int]]:
+    """Token rows that reach the model's embedding, forward by forward."""
+    rows: list[int] = []
+    handle = model.hf.get_input_embeddings().register_forward_hook(lambda m, args, out: rows.append(args[0].numel()))
+    try:
+        yield rows
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("options", SETTINGS, ids=str)
+def test_passes_and_rows_are_those_of_the_run(options: dict[str, Any]) -> None:
+    model = tiny("llama")
+    planned = plan(model, FACTS, **options)
+    with forwards(model) as rows:
+        ds = attribute(model, FACTS, progress=False, **options)
+    assert planned.exact
+    assert (planned.passes, planned.rows) == (len(rows), sum(rows))
+    assert planned.result_bytes == ds["score"].nbytes + ds["gap"].nbytes + ds["target_prob"].nbytes
+    assert (planned.facts, planned.done) == (len(FACTS), 0)
+    assert 0 < sum(sample.facts for sample in planned.samples) < len(FACTS)
+    with forwards(model) as rows:  # negative control: another number of facts is another number of rows
+        attribute(model, FACTS[:5], progress=False, **options)
+    assert planned.rows != sum(rows)
+
+
+def test_every_method_can_be_planned() -> None:
+    assert set(QUERIES) == set(METHODS)
+
+
+def test_adaptive_steps_are_extrapolated_and_say_so() -> None:
+    model = tiny("llama")
+    planned = plan(model, FACTS)
+    with forwards(model) as rows:
+        attribute(model, FACTS, progress=False)
+    assert not planned.exact
+    assert 0.3 * len(rows) < planned.passes < 3 * len(rows)
+    assert 0.3 * sum(rows) < planned.rows < 3 * sum(rows)
+    assert "about" in str(planned).splitlines()[1]
+
+
+def test_only_what_is_missing_is_planned_and_nothing_is_written(tmp_path: Path, monkeypatch) -> None:
+    model, out, options = tiny("llama"), tmp_path / "a.zarr", {"steps": 2, "batch_size": 2}
+    assert plan(model, FACTS, out=out, **options).facts == len(FACTS)
+    assert names(tmp_path) == []
+    attribute(model, FACTS, out=out, progress=False, **options)
+    finished = plan(model, FACTS, out=out, **options)
+    assert (finished.facts, finished.done, finished.passes, finished.samples) == (0, len(FACTS), 0, ())
+    assert finished.seconds < 5
+    assert plan(model, FACTS, out=out, resume=False, **options).facts == len(FACTS)
+    with pytest.raises(ValueError, match=r"steps \(stored 2, now 3\)"):
+        plan(model, FACTS, out=out, steps=3)
+    original, left = type(model).tokenise, [2]
+    monkeypatch.setattr("workbench.attribution.scoring.score_batch", _stopping(left))
+    with pytest.raises(KeyboardInterrupt):
+        attribute(model, FACTS, out=tmp_path / "b.zarr", progress=False, **options)
+    monkeypatch.undo()
+    assert original is type(model).tokenise
+    some = plan(model, FACTS, out=tmp_path / "b.zarr", **options)
+    assert some.done == open_result(tmp_path / "b.zarr", partial=True).sizes["fact"] == len(FACTS) - some.facts > 0
+
+
+def _stopping(left: list[int]) -> Any:
+    from workbench.attribution import score_batch
+
+    def scored(*args: Any) -> Any:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return score_batch(*args)
+
+    return scored
+
+
+@pytest.mark.parametrize("unit", ["node", "neuron"])
+def test_disk_is_that_of_the_result(tmp_path: Path, unit: str) -> None:
+    model = tiny("llama")
+    planned = plan(model, FACTS, unit=unit, steps=2, out=tmp_path / "a.zarr")
+    attribute(model, FACTS, unit=unit, steps=2, out=tmp_path / "a.zarr", progress=False)
+    size = sum(path.stat().st_size for path in (tmp_path / "a.zarr").rglob("*") if path.is_file())
+    assert planned.disk_bytes == pytest.approx(size, rel=0.1)
+    assert planned.free_bytes is not None
+    assert planned.free_bytes > size
+
+
+def test_what_attribute_refuses_the_plan_refuses(tmp_path: Path) -> None:
+    for options, message in [
+        ({"method": "magic"}, "method must be one of"),
+        ({"unit": "head"}, "unit must be"),
+        ({"memory": 1e-9}, "takes at least"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            plan(tiny("llama"), FACTS, **options)
+
+
+def test_the_plan_reads_as_a_few_lines() -> None:
+    planned = plan(tiny("llama"), FACTS, steps=2)
+    lines = str(planned).splitlines()
+    assert [line.split()[0] for line in lines] == ["facts", "passes", "memory", "disk", "time"]
+    assert f"{planned.passes:,} of the model" in lines[1]
+    assert planned.memory_bytes is None or planned.memory_bytes > 50e6
+    assert isinstance(planned, Plan)
+
+
+def test_the_command_plans_and_starts_nothing(tmp_path: Path, monkeypatch, capsys) -> None:
+    model, facts = str(saved(tmp_path / "model")), str(FACTS.save(tmp_path / "facts.jsonl"))
+    before = names(tmp_path)
+    command = ["attribute", "--model", model, "--facts", facts, "--steps", "2", "-q"]
+    assert call(monkeypatch, *command, "--out", str(tmp_path / "a.zarr"), "--plan") == 0
+    assert capsys.readouterr().out.startswith(f"facts    {len(FACTS)} to do")
+    assert names(tmp_path) == before
+    assert call(monkeypatch, *command) == 1
+    assert "--out" in capsys.readouterr().err

@@ -1,0 +1,178 @@
+"""`attribute`: facts in, scores out, batch by batch into a result that can be stopped and resumed."""
+
+import logging
+import pathlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from typing import Literal
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from workbench.attribution.methods import METHODS, Problem
+from workbench.attribution.settings import Settings, checked_settings
+from workbench.engine import Batch, Clean, Room, check_engine, make_batch, out_of_memory, room_for, run_clean
+from workbench.facts import FactSet, TokenisedFact
+from workbench.metrics import OBJECTIVES, logprob
+from workbench.models import HookedModel
+from workbench.path import Path
+from workbench.results import open_store
+
+log = logging.getLogger(__name__)
+
+
+def attribute(
+    model: HookedModel,
+    facts: FactSet,
+    *,
+    method: str = "ig",
+    unit: Literal["node", "neuron"] | str = "node",
+    steps: int | None = None,
+    rule: str = "midpoint",
+    baseline: str = "zero",
+    scope: str = "last",
+    objective: str = "logprob",
+    target: str = "gold",
+    tolerance: float = 0.05,
+    seed: int = 0,
+    batch_size: int | str = "auto",
+    memory: float | None = None,
+    out: str | pathlib.Path | None = None,
+    resume: bool = True,
+    progress: bool = True,
+) -> xr.Dataset:
+    """Score how much every FFN unit of every layer contributes to every fact.
+
+    Args:
+        model: a model from `load_model`.
+        facts: what to attribute; an answer of several tokens is teacher-forced and the objective sums over its tokens.
+        method: `"ig"` (integrated gradients), `"grad_x_act"` (gradient times activation), `"ablation"` (the exact
+            effect of every unit, one forward query each), the controls `"activation"` and `"random"`, or a published
+            definition: `"loki-paper"`, `"loki-code"`, `"kn"`, `"kn-code"` (`workbench.attribution.settings.FIXED` says
+            what each fixes; arguments that contradict it are refused).
+        unit: `"node"` (outputs of the down-projection, d_model per layer) or `"neuron"` (its inputs, d_mlp per layer).
+        steps: points of the quadrature; None is the definition's own number, and for `ig` refines a layer until its
+            completeness gap is within `tolerance` times its effect, or times a fifth of the fact's largest effect if
+            that is more (see `workbench.path.adaptive_integral`). Methods without a path have one.
+        rule: quadrature rule: midpoint, left, right, trapezoid or Captum's riemann_trapezoid; only the midpoint adapts,
+            the others take 16 steps where none are given.
+        baseline: `"zero"`, or `"blank"`: the activations of the same prompt with every token id replaced by 0.
+        scope: `"last"` moves the activations at the last prompt token; `"all"` those of every prompt token, and the
+            score of a unit is its sum over them.
+        objective: logprob (nats), prob, logit or margin (logit of the answer minus the best other).
+        target: `"gold"` (the fact's answer) or `"predicted"` (the model's own next token).
+        tolerance: of the adaptive rule: the gap, as a share of the layer's effect.
+        seed: of the draws of `random`.
+        batch_size: facts that are prepared together; `"auto"` chooses. In float32 results of different batches differ
+            by rounding: a few 1e-6 of a fact's largest score, more where it makes the adaptive rule take another step.
+        memory: GiB that a pass may take; None is half of what is free. A pass that still does not fit is halved.
+        out: a zarr folder to stream to; None keeps the result in memory.
+        resume: go on where an earlier call with the same settings stopped.
+        progress: show a progress bar.
+
+    Returns:
+        Dataset with `score` (fact, layer, unit) in units of the objective, `gap` (fact, layer): the completeness
+        error F(clean) - F(baseline) - sum of scores, and `target_prob` (fact,): probability of the target.
+
+    Raises:
+        ValueError: an unknown option, a fact that does not fit the model, or a result at `out` with other settings.
+    """
+    settings = checked_settings(method, unit, steps, rule, baseline, scope, objective, target, tolerance, seed)
+    if batch_size != "auto" and not (isinstance(batch_size, int) and batch_size > 0):
+        raise ValueError(f'batch_size must be "auto" or a positive number, not {batch_size!r}.')
+    room = room_for(model, memory)
+    tokenised = model.tokenise(facts)
+    if settings.target == "predicted":
+        tokenised = [replace(fact, answer_ids=(0,)) for fact in tokenised]
+    check_engine(model)
+    with open_store(
+        out,
+        ids=facts.ids,
+        relations=[fact.relation for fact in facts],
+        n_layers=model.n_layers,
+        n_units=model.width(settings.unit),
+        attrs=asdict(settings) | {"model_digest": model.digest, "fact_digest": facts.digest},
+        notes={"model": model.name, "facts": facts.name, "dtype": str(model.dtype).removeprefix("torch.")},
+        resume=resume,
+    ) as store:
+        bar = tqdm(total=len(facts), initial=len(store.done), unit="fact", desc="attribute", disable=not progress)
+        with bar:
+            for indices in batches(tokenised, store.todo, settings, room, batch_size):
+                for part, scores in _scored(model, tokenised, indices, settings, room):
+                    store.write(part, *scores)
+                    bar.update(len(part))
+        return store.dataset()
+
+
+Scores = tuple[Float[np.ndarray, "batch layer width"], Float[np.ndarray, "batch layer"], Float[np.ndarray, " batch"]]
+
+
+def _scored(
+    model: HookedModel, facts: Sequence[TokenisedFact], indices: Sequence[int], settings: Settings, room: Room
+) -> Iterator[tuple[Sequence[int], Scores]]:
+    """Scores of the facts with these indices; when memory runs out, in halves, or in passes of half the size."""
+    try:
+        found = score_batch(model, [facts[i] for i in indices], settings, room)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        found = None
+    if found is not None:
+        yield indices, found
+    elif len(indices) > 1:
+        log.warning("memory ran out with %d facts at once; going on with half as many", len(indices))
+        for half in (indices[: len(indices) // 2], indices[len(indices) // 2 :]):
+            yield from _scored(model, facts, half, settings, room)
+    elif room.rows > 1:
+        log.warning("memory ran out with %d rows in a pass; going on with half as many", room.rows)
+        yield from _scored(model, facts, indices, settings, replace(room, rows=room.rows // 2))
+    else:
+        raise ValueError(
+            f"Memory ran out on fact {facts[indices[0]].fact_id!r} alone: close other programs, shorten its prompt, "
+            "or open the model with dtype='bfloat16'; the facts written before are kept."
+        )
+
+
+def score_batch(model: HookedModel, facts: Sequence[TokenisedFact], settings: Settings, room: Room) -> Scores:
+    """Scores, completeness gaps and target probabilities of a few facts."""
+    batch = make_batch(facts, model.device, settings.scope)
+    clean = run_clean(model, batch, settings.unit)
+    if settings.target == "predicted":
+        batch = replace(batch, target=clean.logits.argmax(-1))
+        clean = replace(clean, batch=batch)
+    baseline = baseline_of(model, batch, clean, settings)
+    path = Path(model, clean, baseline, settings.unit, OBJECTIVES[settings.objective], room.rows)
+    problem = Problem(facts, path, path.start(), settings)
+    score = METHODS[settings.method](problem)
+    gap = path.end()[:, None] - problem.start - score.sum(-1)
+    target_prob = batch.value(clean.logits, logprob).exp()
+    return score.cpu().numpy(), gap.float().cpu().numpy(), target_prob.cpu().numpy()
+
+
+def baseline_of(
+    model: HookedModel, batch: Batch, clean: Clean, settings: Settings
+) -> Float[Tensor, "layer batch moved width"]:
+    """Where the path starts: zeros, or the activations of the prompt with every token replaced by token 0."""
+    if settings.baseline == "zero":
+        return torch.zeros_like(clean.activation)
+    return run_clean(model, replace(batch, ids=torch.zeros_like(batch.ids)), settings.unit).activation
+
+
+def batches(
+    facts: Sequence[TokenisedFact], todo: Sequence[int], settings: Settings, room: Room, batch_size: int | str
+) -> Iterator[list[int]]:
+    """Indices of facts that are scored together: alike in answer and prompt length, so that little is padded.
+
+    The order goes by the tokens, so that the batches, and with them the last digits, do not depend on that of `todo`.
+    """
+    order = sorted(todo, key=lambda i: (len(facts[i].answer_ids), len(facts[i].prompt_ids), facts[i].ids, i))
+    while order:
+        first = facts[order[0]]
+        size = batch_size if isinstance(batch_size, int) else room.facts(len(first.ids), settings.scope == "all")
+        same = [i for i in order[:size] if len(facts[i].answer_ids) == len(first.answer_ids)]
+        yield same
+        order = order[len(same) :]

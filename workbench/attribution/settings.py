@@ -1,0 +1,143 @@
+"""What defines a score: the settings of an attribution, and the published definitions by name."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from workbench.metrics import OBJECTIVES
+from workbench.models import check_unit
+from workbench.path import RULES, quadrature
+
+#: Points of the path where the user names none and the rule does not adapt.
+STEPS = 16
+
+#: What a method fixes. Everything else is the user's; `steps` here is only a default, None adapts the rule.
+FIXED: dict[str, Mapping[str, Any]] = {
+    "ig": {"steps": None},
+    "grad_x_act": {"steps": 1},
+    "ablation": {"steps": 1},
+    "activation": {"steps": 1},
+    "random": {"steps": 1},
+    "loki-paper": {"steps": 7, "unit": "node", "rule": "right", "baseline": "zero", "scope": "last"},
+    "loki-code": {
+        "steps": 7,
+        "unit": "node",
+        "rule": "riemann_trapezoid",
+        "baseline": "blank",
+        "scope": "all",
+        "objective": "prob",
+        "target": "predicted",
+        "read": "last",
+    },
+    "kn": {"steps": 20, "unit": "neuron", "rule": "right", "baseline": "zero", "scope": "last", "objective": "prob"},
+    "kn-code": {
+        "steps": 20,
+        "unit": "neuron",
+        "rule": "left",
+        "baseline": "zero",
+        "scope": "last",
+        "objective": "prob",
+    },
+}
+
+#: Methods that have no path, so no number of steps.
+_ONE_STEP = [name for name, fixed in FIXED.items() if fixed["steps"] == 1]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What defines a score; written into every result.
+
+    `steps` is 0 where the rule is adaptive. `read` says at which of the moved positions scores are read: all of them
+    (and summed), or the last prompt token only. `seed` is that of the method `random`, else 0.
+    """
+
+    method: str
+    unit: str
+    steps: int
+    rule: str
+    baseline: str
+    scope: str
+    objective: str
+    target: str
+    tolerance: float
+    read: str = "moved"
+    seed: int = 0
+
+
+#: What the arguments of `attribute` are when the user says nothing.
+DEFAULTS = {
+    "unit": "node",
+    "rule": "midpoint",
+    "baseline": "zero",
+    "scope": "last",
+    "objective": "logprob",
+    "target": "gold",
+    "read": "moved",
+}
+
+
+def checked_settings(
+    method: str,
+    unit: str,
+    steps: int | None,
+    rule: str,
+    baseline: str,
+    scope: str,
+    objective: str,
+    target: str,
+    tolerance: float = 0.05,
+    seed: int = 0,
+) -> Settings:
+    """The settings, or one sentence about the first that is unknown or contradicts the method.
+
+    A published definition (`loki-paper`, `loki-code`, `kn`, `kn-code`) fixes what it defines: an argument that was
+    left at its default is replaced, another is refused.
+    """
+    if method not in FIXED:
+        raise ValueError(f"method must be one of {', '.join(FIXED)}, not {method!r}.")
+    check_unit(unit)
+    given = {"unit": unit, "rule": rule, "baseline": baseline, "scope": scope, "objective": objective, "target": target}
+    choices: dict[str, Sequence[str]] = {
+        "rule": list(RULES),
+        "baseline": ["zero", "blank"],
+        "scope": ["last", "all"],
+        "objective": list(OBJECTIVES),
+        "target": ["gold", "predicted"],
+    }
+    for name, allowed in choices.items():
+        if given[name] not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {given[name]!r}.")
+    fixed = {name: value for name, value in FIXED[method].items() if name != "steps"}
+    for name, value in given.items():
+        if value not in (DEFAULTS[name], fixed.get(name, value)):
+            raise ValueError(f"{method} is defined with {name}={fixed[name]!r}; leave {name} out, or use method='ig'.")
+    if not 0 < tolerance < 1:
+        raise ValueError(f"tolerance must lie between 0 and 1, not {tolerance}.")
+    if seed < 0:
+        raise ValueError(f"seed must not be negative, not {seed}.")
+    settings = DEFAULTS | given | fixed
+    steps = _checked_steps(method, steps, settings["rule"])
+    return Settings(
+        method=method,
+        steps=steps,
+        tolerance=0.0 if steps else tolerance,
+        seed=seed if method == "random" else 0,
+        **settings,
+    )
+
+
+def _checked_steps(method: str, steps: int | None, rule: str) -> int:
+    """Points of the path; 0 where their number adapts."""
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps must be at least 1, not {steps}.")
+    if method in _ONE_STEP:
+        if steps not in (None, 1):
+            raise ValueError(f"{method} has one step; use method='ig' for more.")
+        return 1
+    if steps is None:
+        steps = FIXED[method]["steps"]
+    if steps is None:
+        return 0 if rule == "midpoint" else STEPS
+    quadrature(rule, steps)
+    return steps

@@ -1,0 +1,67 @@
+"""An attribution in few numbers: by layer, the strongest units, one score a fact from several prompts."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from workbench.facts import FactSet
+
+
+def by_layer(attribution: xr.Dataset, *, draws: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """Mean |score| per layer over facts, with 95% bootstrap intervals, for all facts and for every relation.
+
+    Columns layer, relation ("all" for every fact), mean_abs, low, high, n (facts).
+    """
+    per_fact = np.stack([np.abs(attribution["score"][i].values).mean(-1) for i in range(attribution.sizes["fact"])])
+    relations = attribution["relation"].values
+    generator = np.random.default_rng(seed)
+    frames = []
+    for relation in ["all", *sorted(set(relations))]:
+        values = per_fact if relation == "all" else per_fact[relations == relation]
+        drawn = values[generator.integers(len(values), size=(draws, len(values)))].mean(1)
+        low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
+        columns = {"layer": attribution["layer"].values, "relation": relation, "mean_abs": values.mean(0)}
+        frames.append(pd.DataFrame({**columns, "low": low, "high": high, "n": len(values)}))
+    return pd.concat(frames, ignore_index=True)
+
+
+def strongest(attribution: xr.Dataset, facts: FactSet, *, top: int = 12) -> pd.DataFrame:
+    """The units with the largest |score| of every fact: columns fact, label, rank (from 1), layer, unit, score.
+
+    Ties go to the lower layer, then the lower unit.
+    """
+    rows: list[dict[str, Any]] = []
+    n_units = attribution.sizes["unit"]
+    for fact_id in attribution["fact"].values:
+        fact = facts[str(fact_id)]
+        score = attribution["score"].sel(fact=fact_id).values.ravel()
+        for rank, index in enumerate(np.argsort(-np.abs(score), kind="stable")[:top], start=1):
+            layer, unit = divmod(int(index), n_units)
+            rows.append({"fact": fact.id, "label": f"{fact.prompt} → {fact.answer}", "rank": rank, "layer": layer,
+                         "unit": unit, "score": float(score[index])})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def by_fact(attribution: xr.Dataset) -> xr.Dataset:
+    """One score a fact from the attribution of several of its prompts (`FactSet.per_prompt`): means over prompts.
+
+    The result has the facts in the order in which they first appear, and `n_prompts` (fact,).
+
+    Raises:
+        ValueError: a fact id that is not `<id>#<number>`.
+    """
+    ids = [str(name) for name in attribution["fact"].values]
+    odd = [name for name in ids if not name.rpartition("#")[2].isdigit() or not name.rpartition("#")[0]]
+    if odd:
+        raise ValueError(f"{odd[0]!r} is no prompt of a fact: attribute facts.per_prompt() for a score per prompt.")
+    owner = np.array([name.rpartition("#")[0] for name in ids])
+    parts = []
+    for fact in dict.fromkeys(owner.tolist()):
+        rows = attribution.isel(fact=np.flatnonzero(owner == fact))
+        mean = rows[["score", "gap", "target_prob"]].mean("fact", keep_attrs=True)
+        coords = {"fact": [fact], "relation": ("fact", [str(rows["relation"].values[0])])}
+        parts.append(mean.expand_dims("fact").assign_coords(coords).assign(n_prompts=("fact", [rows.sizes["fact"]])))
+    result = xr.concat(parts, "fact").transpose("fact", "layer", "unit")
+    return result.assign_attrs(attribution.attrs | {"aggregate": "mean over prompts"})

@@ -1,0 +1,138 @@
+"""Where along depth and text a fact is recovered: `trace`, `lens`."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from workbench.cli.app import FORMATS, Facts, Model, Out, Quiet, app, check_table, show, write_table
+
+KnownOnly = Annotated[bool, Parameter(help="only the facts that the model answers")]
+
+
+@app.command(name="trace")
+def trace_command(
+    *,
+    out: Annotated[Path | None, Parameter(help="result (.zarr), or effects by layer and role (.csv, .parquet)")] = None,
+    facts: Facts = "world",
+    model: Model = "smollm2-135m",
+    format: Literal[FORMATS] = "auto",  # type: ignore[valid-type]
+    limit: Annotated[int | None, Parameter(help="at most so many facts, drawn with --seed")] = None,
+    site: Annotated[str, Parameter(help="what is restored: resid, mlp or attn")] = "resid",
+    noise: Annotated[float, Parameter(help="in standard deviations of the subjects' embeddings")] = 3.0,
+    draws: Annotated[int, Parameter(help="draws of the noise for every fact")] = 10,
+    window: Annotated[int | None, Parameter(help="layers restored at once; the default depends on the site")] = None,
+    seed: int = 0,
+    missing: Annotated[str, Parameter(help="facts without their subject in the prompt: error or skip")] = "error",
+    attribution: Annotated[
+        Path | None, Parameter(help="a result of `workbench attribute`, to say how far the two agree")
+    ] = None,
+    batch_size: int | None = None,
+    known_only: KnownOnly = False,
+    device: str = "auto",
+    dtype: str = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Corrupt every fact's subject and restore one layer and token at a time: where does the answer come back?"""
+    from workbench.facts import load_facts
+    from workbench.results import open_result, save_result
+
+    chosen = load_facts(facts, format=format)
+    _check_limit(limit)
+    _check_out(out)
+    scores = None if attribution is None else open_result(attribution)
+    from workbench.models import load_model
+    from workbench.tracing import agreement, by_role, checked_settings, trace
+
+    size = "auto" if batch_size is None else batch_size
+    checked_settings(1, site, noise, draws, window, seed, size, missing)
+    opened = load_model(model, device=device, dtype=dtype)
+    if scores is not None and scores.attrs.get("model_digest") != opened.digest:
+        raise ValueError(f"{attribution} is not an attribution of {model}; attribute this model first.")
+    chosen = _chosen(opened, chosen, known_only, limit, seed, quiet)
+    result = trace(
+        opened,
+        chosen,
+        site=site,
+        noise=noise,
+        draws=draws,
+        window=window,
+        seed=seed,
+        missing=missing,
+        batch_size=size,
+        progress=not quiet,
+    )
+    table = by_role(result)
+    show(table.pivot(index="layer", columns="role", values="effect")[list(table["role"].unique())].reset_index())
+    clean, corrupt = (float(result[name].mean()) for name in ("p_clean", "p_corrupt"))
+    left_out = f", {result.attrs['skipped']} left out" if result.attrs["skipped"] else ""
+    print(f"{result.sizes['fact']} facts{left_out}: P(answer) is {clean:.3f} clean and {corrupt:.3f} corrupted")
+    if out is not None and out.suffix == ".zarr":
+        print(save_result(result, out, kind="trace"))
+    else:
+        write_table(table, out)
+    if scores is not None:
+        agreed = agreement(result, scores)
+        show(agreed[agreed["fact"] == "all"].drop(columns="fact"))
+
+
+@app.command(name="lens")
+def lens_command(
+    *,
+    facts: Facts = "world",
+    model: Model = "smollm2-135m",
+    format: Literal[FORMATS] = "auto",  # type: ignore[valid-type]
+    limit: Annotated[int | None, Parameter(help="at most so many facts, drawn with --seed")] = None,
+    seed: int = 0,
+    direct: Annotated[bool, Parameter(help="what each module adds to the answer's logit, instead of the lens")] = False,
+    out: Out = None,
+    known_only: KnownOnly = False,
+    device: str = "auto",
+    dtype: str = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Read the answer off the residual stream after every layer; --out keeps the table of every fact."""
+    from workbench.facts import load_facts
+
+    chosen = load_facts(facts, format=format)
+    _check_limit(limit)
+    check_table(out)
+    from workbench.models import load_model
+    from workbench.tracing import direct_by_layer, direct_logit_attribution, lens_by_layer, logit_lens
+
+    opened = load_model(model, device=device, dtype=dtype)
+    chosen = _chosen(opened, chosen, known_only, limit, seed, quiet)
+    read, summarise = (direct_logit_attribution, direct_by_layer) if direct else (logit_lens, lens_by_layer)
+    frame = read(opened, chosen, progress=not quiet)
+    show(summarise(frame))
+    write_table(frame, out)
+
+
+def _check_limit(limit: int | None) -> None:
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit must be at least 1, not {limit}.")
+
+
+def _check_out(out: Path | None) -> None:
+    """Raise before long work if the result could not be written."""
+    if out is None:
+        return
+    if out.suffix == ".zarr":
+        from workbench.results.labelled import check_replaceable
+
+        check_replaceable(out, kind="trace")
+    elif out.suffix not in (".csv", ".parquet"):
+        raise ValueError(f"--out must end in .zarr, .csv or .parquet, not {out.name!r}.")
+
+
+def _chosen(model: Any, facts: Any, known_only: bool, limit: int | None, seed: int, quiet: bool) -> Any:
+    """The facts that are asked for: those the model answers, at most `limit` of them."""
+    from workbench.recollection import recall
+
+    if known_only:
+        frame = recall(model, facts, progress=not quiet)
+        known = [str(i) for i in frame.index[frame["known"]]]
+        if not known:
+            raise ValueError(f"The model knows none of the {len(facts)} facts of {facts.name}; leave --known-only out.")
+        facts = facts.filter(ids=known)
+    return facts if limit is None or limit >= len(facts) else facts.sample(limit, seed=seed)

@@ -1,0 +1,57 @@
+"""How much goes into one pass: as many rows as make full matrix products, and no more than memory takes."""
+
+from dataclasses import dataclass
+
+import torch
+
+from workbench.models import HookedModel, free_memory
+
+#: Token rows of queries in one pass: enough for full matrix products, small enough for the processor's caches.
+ROWS_PER_PASS = 1024
+#: Facts that are prepared together: more make no pass quicker, fewer leave passes that begin with few rows.
+FACTS_PER_PASS = 16
+#: Prompt tokens that are prepared together.
+TOKENS_PER_PASS = 8192
+
+
+@dataclass(frozen=True)
+class Room:
+    """Token rows of queries in one pass."""
+
+    rows: int
+
+    def facts(self, n_tokens: int, whole_prompt: bool = False) -> int:
+        """How many facts of `n_tokens` tokens to prepare together; each query holds one token, or the whole prompt.
+
+        >>> Room(1024).facts(45), Room(1024).facts(45, whole_prompt=True), Room(1024).facts(5000)
+        (16, 5, 1)
+        """
+        rows = n_tokens if whole_prompt else 1
+        return max(1, min(FACTS_PER_PASS, TOKENS_PER_PASS // n_tokens, self.rows // (4 * rows)))
+
+
+def room_for(model: HookedModel, memory: float | None = None) -> Room:
+    """The room of a model's passes in `memory` GiB, or in half of what is free.
+
+    A row costs about ten residual streams and five activations of the FFN in every layer while gradients are needed.
+
+    Raises:
+        ValueError: not even one row fits.
+    """
+    if memory is not None and not memory > 0:
+        raise ValueError(f"memory must be a positive number of GiB, not {memory}.")
+    budget = free_memory(model.device) / 2 if memory is None else memory * 2**30
+    row = model.n_layers * (10 * model.d_model + 5 * model.d_mlp) * model.dtype.itemsize
+    rows = min(ROWS_PER_PASS, int(budget // row))
+    if rows < 1:
+        raise ValueError(
+            f"A pass of {model.name} takes at least {row / 2**30:.2f} GiB, more than the {budget / 2**30:.2f} GiB at "
+            "hand: give more with memory=, or open the model with dtype='bfloat16'."
+        )
+    return Room(rows)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on any device."""
+    texts = ("out of memory", "not enough memory", "can't allocate memory")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(t in str(error).lower() for t in texts)

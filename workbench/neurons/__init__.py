@@ -1,0 +1,16 @@
+"""Knowledge neurons: find them, suppress and enhance them, erase and edit what they write (arXiv 2104.08696)."""
+
+from workbench.neurons.editing import edit, erase, measure_edit, measure_erase
+from workbench.neurons.effects import effect_means, effects
+from workbench.neurons.finding import knowledge_neurons, selection_of
+
+__all__ = [
+    "edit",
+    "effect_means",
+    "effects",
+    "erase",
+    "knowledge_neurons",
+    "measure_edit",
+    "measure_erase",
+    "selection_of",
+]

@@ -1,0 +1,256 @@
+"""Attribution files of LoKI: HDF5 in and out. The only place that needs `h5py`, which is the extra `hdf5`.
+
+The format, as the public repository Nexround/LoKI writes it (`src/loki/utils/hdf5_manager.py`,
+`scripts/analyse_mmlu.py`) and its selection reads it (`src/loki/selection/utils.py`): one array named `dataset` with
+the axes (sample, layer, node), float16 (float32 in files of its first version), growing along the samples, compressed
+with gzip. Attributes of that array begin with `metadata_` (model_name, num_layers, hidden_size, ig_steps, ig_method,
+...); lists and dictionaries in them are JSON text. Samples have no names: they are in the order in which they were
+asked. What `export_hdf5` adds (ids, relations, gaps, probabilities) stands in arrays of other names, which LoKI's code
+does not read.
+"""
+
+import errno
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import xarray as xr
+
+from workbench.results.files import one_sentence_disk_errors, write_atomically
+from workbench.results.schema import ATTRIBUTION
+from workbench.results.store import NOTES, open_store
+
+SCORES = "dataset"
+PREFIX = "metadata_"
+OURS = "workbench"  # the attribute that holds all attributes of a result of ours
+BYTES_AT_ONCE = 2**24  # of scores, while copying
+UNKNOWN = "unknown"
+#: How LoKI (and Captum, which it calls) names the rules of quadrature, and how we do.
+RULES = {
+    "riemann_middle": "midpoint",
+    "riemann_left": "left",
+    "riemann_right": "right",
+    "riemann_trapezoid": "riemann_trapezoid",
+}
+
+
+def import_hdf5(
+    path: str | Path,
+    out: str | Path | None = None,
+    *,
+    ids: Sequence[str] | None = None,
+    relations: Sequence[str] | None = None,
+    fact_digest: str | None = None,
+    unit: Literal["node", "neuron"] = "node",
+    resume: bool = True,
+) -> xr.Dataset:
+    """Read an attribution file of LoKI, or one that `export_hdf5` wrote, into a result; memory holds 16 MB of it.
+
+    Args:
+        path: the HDF5 file.
+        out: zarr folder to stream to; None keeps the result in memory.
+        ids: name of every sample, in order; None takes those of the file, or `sample/0`, `sample/1`, ...
+        relations: relation of every sample; None takes those of the file, or the empty text.
+        fact_digest: digest of the fact set that was asked, where it is known.
+        unit: what the last axis counts, where the file does not say it.
+        resume: go on with an import that was cut short.
+
+    A file of LoKI holds no completeness gaps and no probabilities: they are NaN.
+
+    Raises:
+        ValueError: h5py is missing, the file is no such file, or holds numbers that are not finite.
+        FileNotFoundError: there is no such file.
+    """
+    source = Path(path)
+    with _opened(source) as file:
+        scores = _scores(file, source)
+        n_facts, n_layers, n_units = scores.shape
+        names = _labels(file, "fact", ids, n_facts, [f"sample/{i}" for i in range(n_facts)])
+        kinds = _labels(file, "relation", relations, n_facts, [""] * n_facts)
+        attrs, notes = _attributes(scores, unit)
+        attrs |= {"imported": _sha256(source)} | ({} if fact_digest is None else {"fact_digest": fact_digest})
+        labels = {"ids": names, "relations": kinds, "n_layers": n_layers, "n_units": n_units}
+        with open_store(out, **labels, attrs=attrs, notes=notes, resume=resume) as store:
+            size = max(1, BYTES_AT_ONCE // (4 * n_layers * n_units))
+            todo = store.todo
+            for rows in (todo[at : at + size] for at in range(0, len(todo), size)):
+                score = scores[_span(rows)].astype(np.float32)
+                bad = np.flatnonzero(~np.isfinite(score).all(axis=(1, 2)))
+                if bad.size:
+                    raise ValueError(f"{source}: sample {rows[bad[0]]} has scores that are NaN or infinite.")
+                store.write(rows, score, _small(file, "gap", rows), _small(file, "target_prob", rows))
+            return store.dataset()
+
+
+def export_hdf5(attribution: xr.Dataset, path: str | Path, *, dtype: Literal["float32", "float16"] = "float32") -> Path:
+    """Write an attribution as a file that LoKI's selection reads, and that `import_hdf5` reads back.
+
+    `float32` loses nothing; `float16` is what LoKI itself writes: scores below 6e-8 become 0, and scores above 65504
+    are refused.
+    """
+    missing = [name for name in ("score", "relation") if name not in attribution.variables]
+    if missing or attribution["score"].dims != ("fact", "layer", "unit"):
+        raise ValueError("Only an attribution result, with scores by fact, layer and unit, can be written as HDF5.")
+    if not attribution["score"].size:
+        raise ValueError("There is nothing to write as HDF5: the attribution has no facts.")
+    h5py = _h5py()
+    target = Path(path)
+    if target.is_dir():
+        raise ValueError(f"{target} is a folder: give the name of a file that ends in .h5.")
+
+    def write(partial: Path) -> None:
+        with h5py.File(partial, "w") as file:
+            _write(h5py, file, attribution, np.dtype(dtype))
+
+    with _full_disk(target):
+        return write_atomically(target, write)
+
+
+def _write(h5py: Any, file: Any, attribution: xr.Dataset, dtype: np.dtype) -> None:
+    """Fill an open file, a few facts at a time."""
+    score = attribution["score"]
+    _, n_layers, n_units = shape = score.shape
+    one = (1, n_layers, n_units)
+    options = {"maxshape": (None, n_layers, n_units), "chunks": one if np.prod(one) <= 2**18 else True}
+    array = file.create_dataset(SCORES, shape, dtype=dtype, compression="gzip", compression_opts=4, **options)
+    size = max(1, BYTES_AT_ONCE // (4 * n_layers * n_units))
+    for at in range(0, shape[0], size):
+        with np.errstate(over="ignore"):
+            part = score[at : at + size].values.astype(dtype)
+        if not np.isfinite(part).all():
+            raise ValueError("The scores do not fit float16, whose largest number is 65504: use float32.")
+        array[at : at + size] = part
+    for name in ("fact", "relation"):
+        texts = [str(text) for text in attribution[name].values]
+        file.create_dataset(name, data=texts, dtype=h5py.string_dtype())
+    for name in ("gap", "target_prob"):
+        if name in attribution:
+            file.create_dataset(name, data=attribution[name].values.astype(np.float32))
+    for name, value in _metadata(attribution).items():
+        array.attrs[PREFIX + name] = value
+
+
+def _metadata(attribution: xr.Dataset) -> dict[str, Any]:
+    """LoKI's names for what a result says of itself, and all of ours as JSON."""
+    attrs = attribution.attrs
+    notes = attrs.get(NOTES, {})
+    found = {
+        "model_name": notes.get("model", UNKNOWN) if isinstance(notes, dict) else UNKNOWN,
+        "num_layers": attribution.sizes["layer"],
+        "hidden_size": attribution.sizes["unit"],
+        "ig_steps": attrs.get("steps"),
+        "ig_method": {ours: theirs for theirs, ours in RULES.items()}.get(str(attrs.get("rule")), attrs.get("rule")),
+        OURS: json.dumps(attrs, default=str),
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _attributes(scores: Any, unit: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(attributes, notes) of the result: ours where the file is ours, else what LoKI's say, and what its code does."""
+    theirs = {name.removeprefix(PREFIX): _plain(value) for name, value in scores.attrs.items()}
+    ours = theirs.pop(OURS, None)
+    if isinstance(ours, dict):
+        attrs = {name: value for name, value in ours.items() if name not in (NOTES, "imported")}
+        return attrs, ours.get(NOTES, {})
+    rule = theirs.get("ig_method")
+    attrs = dict.fromkeys(ATTRIBUTION.attrs, UNKNOWN) | {"unit": unit}
+    if rule is not None:  # files without it are of an earlier code
+        attrs |= {"method": "loki-code", "rule": RULES.get(rule, rule), "baseline": "blank", "scope": "all",
+                  "objective": "prob", "target": "predicted"}  # fmt: skip
+    return attrs | {"steps": theirs.get("ig_steps", UNKNOWN)}, {"loki": theirs}
+
+
+def _plain(value: Any) -> Any:
+    """An attribute as a plain value; text that is a JSON list or dictionary is read as such."""
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    if isinstance(value, str) and value[:1] in ("{", "["):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError:
+            return value
+    return value
+
+
+def _scores(file: Any, source: Path) -> Any:
+    """The array of scores, or one sentence about what is there instead."""
+    array = file.get(SCORES)
+    if array is None or not hasattr(array, "shape"):
+        there = ", ".join(sorted(file)) or "nothing"
+        raise ValueError(f"{source} has no array `{SCORES}`, as attribution files of LoKI have (found {there:.200}).")
+    if array.ndim != 3 or array.dtype.kind != "f":
+        raise ValueError(
+            f"{source}: `{SCORES}` is {array.dtype} of shape {array.shape}, not floating point by sample, layer, node."
+        )
+    if 0 in array.shape:
+        raise ValueError(f"{source}: `{SCORES}` of shape {array.shape} holds no scores.")
+    return array
+
+
+def _labels(file: Any, name: str, given: Sequence[str] | None, n_facts: int, otherwise: Sequence[str]) -> list[str]:
+    """Ids or relations: as given, as in the file, or made up."""
+    stored = file.get(name)
+    if given is None and stored is not None and getattr(stored, "shape", None) == (n_facts,):
+        return [text.decode("utf-8") if isinstance(text, bytes) else str(text) for text in stored[:]]
+    if given is not None and len(given) != n_facts:
+        raise ValueError(f"The file holds {n_facts} samples, but {len(given)} {name}s were given: they must match.")
+    return [str(text) for text in (otherwise if given is None else given)]
+
+
+def _small(file: Any, name: str, rows: list[int]) -> np.ndarray | None:
+    """Gaps or probabilities of some facts, or None where the file has none."""
+    array = file.get(name)
+    if array is None:
+        return None
+    values = np.asarray(array[_span(rows)], dtype=np.float32)
+    return None if np.isnan(values).all() else values
+
+
+def _span(rows: list[int]) -> slice | list[int]:
+    """Ascending indices as a slice where they have no holes, which h5py reads much faster."""
+    return slice(rows[0], rows[-1] + 1) if rows[-1] - rows[0] + 1 == len(rows) else rows
+
+
+def _h5py() -> Any:
+    """The library, or one sentence that says how to get it."""
+    try:
+        import h5py
+    except ImportError as error:
+        raise ValueError("HDF5 files need h5py: pip install knowledge-workbench[hdf5].") from error
+    return h5py
+
+
+@contextmanager
+def _opened(source: Path) -> Iterator[Any]:
+    h5py = _h5py()
+    if not source.is_file():
+        raise FileNotFoundError(f"There is no file {source}.")
+    try:
+        file = h5py.File(source, "r")
+    except OSError as error:
+        raise ValueError(f"{source} is not a readable HDF5 file ({error}).") from error
+    with file:
+        yield file
+
+
+@contextmanager
+def _full_disk(target: Path) -> Iterator[None]:
+    """HDF5 reports a full disk in its own words; give it its number, so that it becomes the one sentence of all."""
+    with one_sentence_disk_errors(target):
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            if "No space left" in str(error):
+                raise OSError(errno.ENOSPC, "No space left on device") from error
+            raise
+
+
+def _sha256(source: Path) -> str:
+    with source.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,240 @@
+"""Multiply the activations of chosen units, and read what the model then says: before against after, fact by fact.
+
+Weights are never touched: the activations are multiplied by hooks that are gone after the `with`, also after an error.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from math import isfinite
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from workbench.facts import FactSet, TokenisedFact
+from workbench.metrics import kl, logprob
+from workbench.models import HookedModel
+from workbench.recollection import read_facts, text_chunks, text_logits
+from workbench.selection import Selection
+
+#: How a model is changed inside a `with`, while facts whose answers have so many tokens are read (0: running text).
+Intervention = Callable[[int], AbstractContextManager[None]]
+
+LARGEST = 700.0  # nats per token whose exponential is still a finite number; a destroyed model can lie above
+COLUMNS = ["suite", "metric", "fact", "weight", "before", "after", "change"]
+
+
+def suppress(
+    model: HookedModel,
+    selection: Selection,
+    facts: FactSet,
+    *,
+    factor: float | int = 0.0,
+    scope: str = "all",
+    general: Sequence[str] | None = None,
+    max_tokens: int = 3000,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Multiply the activations of the selected units by `factor`, and read facts and texts before and with it.
+
+    With `factor=0` a node is as if its row of the down-projection (and its bias entry) were zero, a neuron as if its
+    column were: the intervention of Knowledge Neurons (arXiv 2104.08696) and of LoKI's suppression test.
+
+    Args:
+        model: a model from `load_model`; its weights are not touched.
+        selection: the units, nodes or neurons, of this model.
+        facts: what is asked.
+        factor: what the activations are multiplied by; 0 silences the units, 1 changes nothing.
+        scope: `"all"` changes every position, `"last"` only the last prompt token of each fact (as Knowledge Neurons
+            does), which running text does not have.
+        general: passages of plain text; None reads none.
+        max_tokens: read at most this many tokens of them.
+        progress: show a progress bar.
+
+    Returns:
+        Frame with suite ("facts" or "general"), metric, fact, weight, before, after, change = after - before. For
+        facts: `accuracy` (1 where greedy decoding gives the whole answer, else 0, seen from a teacher-forced reading)
+        and `logprob` (nats, of the whole answer, teacher-forced). For texts, a row a piece, `weight` its tokens: `nll`
+        and `kl` (of the changed model from the untouched one), both in nats per token. `means` summarises it.
+
+    Raises:
+        ValueError: a selection of another shape, a factor that is not finite, facts that do not fit the model.
+    """
+    if isinstance(general, str):
+        raise ValueError("general is one text; give a list of passages.")
+    if general is not None and scope == "last":
+        raise ValueError('scope="last" means the last prompt token, which running text does not have: leave it out.')
+    change = scaled(model, selection, factor, scope)
+    suites = {"facts": model.tokenise(facts)}
+    return compare(model, [change], suites, general=general, max_tokens=max_tokens, progress=progress)[0]
+
+
+def enhance(
+    model: HookedModel,
+    selection: Selection,
+    facts: FactSet,
+    *,
+    factor: float | int = 2.0,
+    scope: str = "all",
+    general: Sequence[str] | None = None,
+    max_tokens: int = 3000,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """`suppress` the other way: multiply the activations of the selected units by 2, or another factor."""
+    return suppress(
+        model,
+        selection,
+        facts,
+        factor=factor,
+        scope=scope,
+        general=general,
+        max_tokens=max_tokens,
+        progress=progress,
+    )
+
+
+def scaled(model: HookedModel, selection: Selection, factor: float | int, scope: str = "all") -> Intervention:
+    """The intervention that multiplies the selected units' activations by `factor`; checked here, not when it runs."""
+    if not selection.matches(model.n_layers, model.width(selection.unit)):
+        raise ValueError(
+            f"The selection has {selection.n_layers} layers of {selection.n_units} {selection.unit}s, but {model.name} "
+            f"has {model.n_layers} of {model.width(selection.unit)}: select from an attribution of this model."
+        )
+    if not isfinite(factor):
+        raise ValueError(f"The factor {factor} is not a finite number; 0 silences the units, 2 doubles them.")
+    if scope not in ("all", "last"):
+        raise ValueError(f'scope must be "all" (every position) or "last" (the last prompt token), not {scope!r}.')
+    scales: dict[int, Tensor] = {}
+    for layer in range(model.n_layers):
+        if rows := selection.rows(layer):
+            scales[layer] = torch.ones(selection.n_units, device=model.device, dtype=model.dtype)
+            scales[layer][rows] = factor
+
+    def enter(answer_tokens: int) -> AbstractContextManager[None]:
+        if scope == "last" and not answer_tokens:
+            raise ValueError("Running text has no last prompt token.")
+        # facts are read without their last token and padded on the left: the prompt ends so many tokens before the end
+        position = -answer_tokens if scope == "last" else None
+        return model.patched(
+            selection.unit, {layer: partial(_multiply, scale, position) for layer, scale in scales.items()}
+        )
+
+    return enter
+
+
+def _multiply(
+    scale: Float[Tensor, " unit"], position: int | None, activation: Float[Tensor, "batch pos unit"]
+) -> Float[Tensor, "batch pos unit"]:
+    if position is None:
+        return activation * scale
+    changed = activation.clone()
+    changed[:, position] *= scale
+    return changed
+
+
+def compare(
+    model: HookedModel,
+    interventions: Sequence[Intervention],
+    suites: Mapping[str, Sequence[TokenisedFact]],
+    *,
+    general: Sequence[str] | None = None,
+    max_tokens: int = 3000,
+    progress: bool = False,
+) -> list[pd.DataFrame]:
+    """Read facts and texts from a model as it is and under each intervention; one frame each, as `suppress` gives.
+
+    The untouched model is read once, and texts piece by piece, so memory does not grow with the interventions.
+    """
+    chunks = [] if general is None else text_chunks(model, general, max_tokens=max_tokens)
+    rows: list[list[dict[str, Any]]] = [[] for _ in interventions]
+    total = (len(interventions) + 1) * (len(suites) + len(chunks))
+    with tqdm(total=total, unit="reading", desc="intervene", disable=not progress) as bar:
+        for suite, facts in suites.items():
+            before = _read(model, facts, None)
+            bar.update()
+            for found, intervention in zip(rows, interventions, strict=True):
+                after = _read(model, facts, intervention)
+                for metric in before:
+                    for fact, old, new in zip(facts, before[metric], after[metric], strict=True):
+                        label = {"suite": suite, "metric": metric, "fact": fact.fact_id, "weight": 1.0}
+                        found.append({**label, "before": old, "after": new})
+                bar.update()
+        for number, chunk in enumerate(chunks):
+            for found, one in zip([[], *rows], _read_text(model, chunk, interventions), strict=True):
+                found.extend({"suite": "general", "fact": f"text-{number:04d}", **row} for row in one)
+                bar.update()
+    frames = [pd.DataFrame(found, columns=COLUMNS[:-1]) for found in rows]
+    return [frame.assign(change=frame["after"] - frame["before"])[COLUMNS] for frame in frames]
+
+
+def _read(
+    model: HookedModel, facts: Sequence[TokenisedFact], intervention: Intervention | None
+) -> dict[str, list[float]]:
+    """Accuracy and log-probability of every fact; facts with answers of one length are read together."""
+    found: dict[str, list[float]] = {"accuracy": [0.0] * len(facts), "logprob": [0.0] * len(facts)}
+    for length in sorted({len(fact.answer_ids) for fact in facts}):
+        same = [i for i, fact in enumerate(facts) if len(fact.answer_ids) == length]
+        some = [facts[i] for i in same]
+        if intervention is None:
+            readings = read_facts(model, some, greedy=False)
+        else:
+            with intervention(length):
+                readings = read_facts(model, some, greedy=False)
+        for i, reading in zip(same, readings, strict=True):
+            found["accuracy"][i] = float(reading.known)
+            found["logprob"][i] = float(sum(reading.logprobs))
+    return found
+
+
+def _read_text(
+    model: HookedModel, chunk: Sequence[int], interventions: Sequence[Intervention]
+) -> Iterator[list[dict[str, Any]]]:
+    """Rows of one piece of text: none for the untouched model, then those of each intervention."""
+    old, target = text_logits(model, chunk)
+    before = -float(logprob(old, target).mean())
+    yield []
+    for intervention in interventions:
+        with intervention(0):
+            new, _ = text_logits(model, chunk)
+        nll, weight = -float(logprob(new, target).mean()), float(len(target))
+        yield [
+            {"metric": "nll", "weight": weight, "before": before, "after": nll},
+            {"metric": "kl", "weight": weight, "before": 0.0, "after": float(kl(old, new).mean())},
+        ]
+
+
+def means(frame: pd.DataFrame, *, draws: int = 2000, seed: int = 0) -> pd.DataFrame:
+    """Weighted means per suite and metric, with paired bootstrap 95% intervals of the change.
+
+    Facts (or pieces of text) are drawn with replacement, before and after together; `low` and `high` are percentiles
+    of the change over `draws` draws by `seed`. From `nll` comes one more metric, `perplexity` =
+    exp(sum(weight nll) / sum(weight)). Columns: suite, metric, n, before, after, change, low, high, draws, seed.
+
+    >>> frame = pd.DataFrame({"suite": "facts", "metric": "accuracy", "fact": ["a", "b"], "weight": 1.0,
+    ...                       "before": [1.0, 1.0], "after": [0.0, 1.0]})
+    >>> means(frame)[["n", "before", "after", "change", "low", "high"]].values.tolist()
+    [[2.0, 1.0, 0.5, -0.5, -1.0, 0.0]]
+    """
+    if draws < 1:
+        raise ValueError(f"A bootstrap needs at least one draw, not {draws}.")
+    records = []
+    for (suite, metric), rows in frame.groupby(["suite", "metric"], sort=False):
+        values = rows[["before", "after"]].to_numpy(np.float64)
+        weight = rows["weight"].to_numpy(np.float64)
+        n = len(rows)
+        counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws) * weight
+        drawn = np.vstack([np.average(values, axis=0, weights=weight), counts @ values / counts.sum(1, keepdims=True)])
+        forms = {metric: drawn}
+        if metric == "nll":
+            forms["perplexity"] = np.exp(np.minimum(drawn, LARGEST))
+        for name, both in forms.items():
+            change = both[:, 1] - both[:, 0]
+            low, high = np.percentile(change[1:], [2.5, 97.5])
+            records.append((suite, name, n, *both[0], change[0], low, high, draws, seed))
+    names = ["suite", "metric", "n", "before", "after", "change", "low", "high", "draws", "seed"]
+    return pd.DataFrame(records, columns=names)
