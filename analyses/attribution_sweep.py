@@ -201,7 +201,7 @@ def label(method: str, steps: int) -> str:
     """How a method and its steps are written in figures."""
     if FIXED[method]["steps"] is not None:
         return method
-    return f"{method}, {'adaptive' if steps == ADAPTIVE else f'{steps} steps'}"
+    return f"{method}, {'adaptive' if steps == ADAPTIVE else '1 step' if steps == 1 else f'{steps} steps'}"
 
 
 def gaps(frame: pd.DataFrame) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""How fast is attribution? Four ways to score every node of every layer, side by side in one run, against the limit.
+"""How fast is attribution? Five ways to score every node of every layer, side by side in one run, against the limit.
 
     python benchmarks/attribution.py            # prompts of 45 tokens on the default model
     python benchmarks/attribution.py --long     # 155 tokens as well
@@ -41,6 +41,7 @@ class Way:
     what: str
     n_facts: int
     score: Callable[[], Tensor]
+    dtype: torch.dtype = torch.float32
 
 
 def captum_per_layer(hf: nn.Module, downs: list[nn.Module], ids: Tensor) -> Tensor:
@@ -125,9 +126,9 @@ def least_gflop(model: HookedModel, n_tokens: int) -> float:
     return (prefix + 2 * rows * (2 * block + seen) + 2 * unembedding) / 1e9
 
 
-def matmul_gflops(size: int) -> float:
-    """Speed of one large float32 matrix product, in 10^9 operations a second."""
-    one = torch.randn(size, size)
+def matmul_gflops(size: int, dtype: torch.dtype) -> float:
+    """Speed of one large matrix product, in 10^9 operations a second."""
+    one = torch.randn(size, size).to(dtype)
     one @ one
     started = time.perf_counter()
     for _ in range(3):
@@ -136,18 +137,20 @@ def matmul_gflops(size: int) -> float:
 
 
 def ways_of(model: HookedModel, facts: wb.FactSet) -> list[Way]:
-    """The four ways, on the first fact and on all of them."""
+    """The ways, on the first fact and on all of them."""
     plain = AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.float32).eval()
     first = facts.filter(ids=facts.ids[:1])
     (tokens,) = first.tokenise(model.tokenizer)
     ids, answer = torch.tensor([tokens.prompt_ids]), tokens.answer_ids[0]
     released = [plain.get_submodule(name) for name in model.down_names]
     frozen = [model.down_proj(layer) for layer in range(model.n_layers)]
+    half = wb.load_model(str(model.path), dtype="bfloat16")
     return [
         Way("captum", "LoKI's released form", 1, lambda: captum_per_layer(plain, released, ids)),
         Way("naive", "hooks, a pass per layer", 1, lambda: naive_loop(model.hf, frozen, ids, answer)),
         Way("one fact", "workbench.attribute", 1, lambda: one_pass(model, first)),
         Way("many facts", "workbench.attribute", len(facts), lambda: one_pass(model, facts)),
+        Way("bfloat16", "workbench.attribute", len(facts), lambda: one_pass(half, facts), torch.bfloat16),
     ]
 
 
@@ -162,17 +165,25 @@ def distance(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max() / other.abs().max())
 
 
+def spearman(one: Tensor, other: Tensor) -> list[float]:
+    """Rank correlation over all units of all layers, for every fact."""
+    ranks = [scores.flatten(1).argsort(1).argsort(1).double() for scores in (one, other)]
+    return [float(torch.corrcoef(torch.stack(pair))[0, 1]) for pair in zip(*ranks, strict=True)]
+
+
 def case(model: HookedModel, n_tokens: int, n_facts: int, repeats: int, size: int) -> dict[str, Any]:
     """Time all ways in turn on prompts of one length."""
     facts = long_facts(model, n_tokens, n_facts)
     ways = ways_of(model, facts)
-    ways[2].score()  # digests, thread pools, allocator
+    for way in ways[2:]:
+        way.score()  # digests, thread pools, allocator
     seconds: dict[str, list[float]] = {way.name: [] for way in ways}
     scores: dict[str, Tensor] = {}
-    rates = []
+    rates: dict[torch.dtype, list[float]] = {way.dtype: [] for way in ways}
     with tqdm(total=repeats * len(ways), unit="call", desc=f"{n_tokens} tokens") as bar:
         for _ in range(repeats):
-            rates.append(matmul_gflops(size))
+            for dtype, measured in rates.items():
+                measured.append(matmul_gflops(size, dtype))
             for way in ways:
                 started = time.perf_counter()
                 scores[way.name] = way.score()
@@ -182,7 +193,9 @@ def case(model: HookedModel, n_tokens: int, n_facts: int, repeats: int, size: in
     agreement = distance(scores["one fact"][0], scores["naive"])
     if not max(agreement, distance(scores["many facts"][:1], scores["one fact"])) <= 1e-4:
         raise RuntimeError(f"workbench.attribute and the naive loop differ by {agreement:.1e}.")
-    rate, least = statistics.median(rates), least_gflop(model, n_tokens)
+    rate = {dtype: statistics.median(measured) for dtype, measured in rates.items()}
+    least = least_gflop(model, n_tokens)
+    alike = spearman(scores["many facts"], scores["bfloat16"])
     per_fact = {way.name: statistics.median(seconds[way.name]) / way.n_facts for way in ways}
     rows = [
         {
@@ -193,13 +206,16 @@ def case(model: HookedModel, n_tokens: int, n_facts: int, repeats: int, size: in
             "seconds_per_fact": per_fact[way.name],
             "faster_than_captum": per_fact["captum"] / per_fact[way.name],
             "faster_than_naive": per_fact["naive"] / per_fact[way.name],
-            "share_of_limit": least / rate / per_fact[way.name],
+            "faster_than_float32": per_fact["many facts"] / per_fact[way.name],
+            "share_of_limit": least / rate[way.dtype] / per_fact[way.name],
             "largest_score": float(scores[way.name].abs().max()),
         }
         for way in ways
     ]
-    limit = {"least_gflop": least, "matmul_gflops": rate, "least_seconds": least / rate}
-    return {"n_tokens": n_tokens, "repeats": repeats, **limit, "naive_agreement": agreement, "ways": rows}
+    speed = {str(dtype).removeprefix("torch."): value for dtype, value in rate.items()}
+    limit = {"least_gflop": least, "matmul_gflops": speed}
+    ranks = {"bfloat16_spearman_least": min(alike), "bfloat16_spearman_median": statistics.median(alike)}
+    return {"n_tokens": n_tokens, "repeats": repeats, **limit, "naive_agreement": agreement, **ranks, "ways": rows}
 
 
 def table(found: dict[str, Any]) -> str:
@@ -217,9 +233,14 @@ def table(found: dict[str, Any]) -> str:
             lines.append(
                 f"| {one['n_tokens']} | {name} | {way['n_facts']} | {way['seconds_per_fact']:.3f} | {numbers} |"
             )
+        for dtype, speed in one["matmul_gflops"].items():
+            lines.append(
+                f"| {one['n_tokens']} | limit in {dtype}: {one['least_gflop']:.3g} GFLOP at {speed:.0f} GFLOP/s "
+                f"| 1 | {one['least_gflop'] / speed:.3f} | | | 1 |"
+            )
         lines.append(
-            f"| {one['n_tokens']} | limit: {one['least_gflop']:.3g} GFLOP at {one['matmul_gflops']:.0f} GFLOP/s "
-            f"| 1 | {one['least_seconds']:.3f} | | | 1 |"
+            f"| {one['n_tokens']} | ranks in bfloat16 and float32: Spearman at least "
+            f"{one['bfloat16_spearman_least']:.3f}, median {one['bfloat16_spearman_median']:.3f} | | | | | |"
         )
     return "\n".join(lines)
 
@@ -248,7 +269,7 @@ def main(arguments: list[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m", help="default's name, or a folder of safetensors")
     parser.add_argument("--repeats", type=int, default=2, help="alternating repetitions; the median is reported")
-    parser.add_argument("--facts", type=int, default=8, help="facts in one call of the last way")
+    parser.add_argument("--facts", type=int, default=16, help="facts in one call of the last way")
     parser.add_argument("--long", action="store_true", help="prompts of 155 tokens as well")
     parser.add_argument("--smoke", action="store_true", help="a tiny random model, one repetition")
     parser.add_argument("--out", type=Path, default=HERE / "out", help="folder of the JSON and the table")

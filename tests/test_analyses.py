@@ -138,7 +138,7 @@ def test_attribution_sweep_publishes_one_frame_and_does_only_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sweep = script("attribution_sweep")
-    page = sweep.main(smoke(tmp_path))
+    page, asked = sweep.main(smoke(tmp_path)), sweep.parsed(smoke(tmp_path))[0]
     assert page == tmp_path / "figures" / "attribution_sweep.html"
     assert {one.stem for one in page.parent.glob("*.html")} == {"attribution_sweep", "attribution_sweep_agreement"}
     frame = pd.read_csv(page.with_suffix(".csv"))
@@ -161,17 +161,23 @@ def test_attribution_sweep_publishes_one_frame_and_does_only_what_is_missing(
     times = [cell.stat().st_mtime_ns for cell in cells]
     with monkeypatch.context() as patch:  # a second start opens no model and computes nothing
         patch.setattr(sweep.wb, "load_model", lambda name: pytest.fail("opened a model"))
-        sweep.main(smoke(tmp_path))
+        again = sweep.sweep_all(asked)
     assert [cell.stat().st_mtime_ns for cell in cells] == times
-    again = pd.read_csv(page.with_suffix(".csv"))
-    pd.testing.assert_frame_equal(again, frame)
+    pd.testing.assert_frame_equal(again.astype({"layer": float}), frame)
     cells[0].with_suffix(".json").unlink()
     calls = []
-    monkeypatch.setattr(
-        sweep.wb, "attribute", lambda *args, **options: calls.append(options) or attribute(*args, **options)
-    )
-    sweep.main(smoke(tmp_path))
-    assert [call["out"] for call in calls] == [cells[0]]
+
+    def counted(*args: object, **options: object) -> xr.Dataset:
+        calls.append(options["out"])
+        return attribute(*args, **options)
+
+    monkeypatch.setattr(sweep.wb, "attribute", counted)
+    sweep.sweep_all(asked)
+    assert calls == [cells[0]]
+    ds, _ = sweep.Subject(asked, str(tmp_path / "tiny")).result(sweep.Cell("node", "ig", 4, "opposite"))
+    facts = FACTS.filter(ids=[str(name) for name in ds["fact"].values])
+    expected = attribute(load_model(str(tmp_path / "tiny")), facts, steps=4, progress=False)
+    np.testing.assert_array_equal(ds["score"], expected["score"])
 
 
 def test_attribution_sweep_summarises_by_hand(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from workbench.models import HookedModel
 from workbench.results import open_store, unwritten
 
 #: Share of the facts that may be measured, and how many always are (if there are so many).
-SHARE, AT_LEAST = 0.1, 4
+SHARE, AT_LEAST = 0.1, 6
 
 
 @dataclass(frozen=True)
@@ -316,7 +316,7 @@ def _duration(seconds: int | float) -> str:
     """Seconds in words.
 
     >>> _duration(3.21), _duration(190), _duration(7300)
-    ('3.2 s', '3 min 10 s', '2 h 2 min')
+    ('3.2 s', '3 min 10 s', '2 h 1 min')
     """
     if seconds < 60:
         return f"{seconds:.1f} s"

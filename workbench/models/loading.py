@@ -71,20 +71,32 @@ def hook(hf: Any, tokenizer: Any, *, name: str, path: Path | None) -> HookedMode
     twin = structural_copy(hf)
     names = {id(module): module_name for module_name, module in twin.named_modules()}
     bridge = boot(twin, tokenizer, name)
-    blocks, downs = [], []
-    for layer, block in enumerate(bridge.blocks):
-        mlp: Any = getattr(block, "mlp", None)
-        if "MoE" in type(mlp).__name__:
-            raise ValueError(f"{name} is a mixture of experts ({type(hf).__name__}); only dense FFNs are supported.")
-        if not hasattr(mlp, "out") or not hasattr(block, "attn"):
-            raise ValueError(f"{name} ({type(hf).__name__}): layer {layer} is not attention plus a dense FFN.")
-        blocks.append(names[id(block.original_component)])
-        downs.append(names[id(mlp.out.original_component)])
-    model = HookedModel(name, hf, tokenizer, bridge, tuple(blocks), tuple(downs), path)
+    try:
+        blocks, downs = sites(bridge, names, name)
+    except (RuntimeError, AttributeError, KeyError) as error:
+        raise ValueError(
+            f"{name}: TransformerLens does not find the blocks of this {type(hf).__name__} ({str(error)[:200]})."
+        ) from error
+    model = HookedModel(name, hf, tokenizer, bridge, blocks, downs, path)
     check_promises(model)
     kind = f"{str(model.dtype).removeprefix('torch.')} on {model.device}"
     log.info("%s: %d layers, d_model %d, d_mlp %d, %s", name, model.n_layers, model.d_model, model.d_mlp, kind)
     return model
+
+
+def sites(bridge: Any, names: dict[int, str], name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the block and of the down-projection of every layer, each attention plus a dense FFN (else refused)."""
+    blocks, downs = [], []
+    for layer, block in enumerate(bridge.blocks):
+        mlp: Any = getattr(block, "mlp", None)
+        kind = type(bridge.original_model).__name__
+        if "MoE" in type(mlp).__name__:
+            raise ValueError(f"{name} is a mixture of experts ({kind}); only dense FFNs are supported.")
+        if not hasattr(mlp, "out") or not hasattr(block, "attn"):
+            raise ValueError(f"{name} ({kind}): layer {layer} is not attention plus a dense FFN.")
+        blocks.append(names[id(block.original_component)])
+        downs.append(names[id(mlp.out.original_component)])
+    return tuple(blocks), tuple(downs)
 
 
 def boot(twin: Any, tokenizer: Any, name: str) -> Any:

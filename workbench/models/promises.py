@@ -43,7 +43,11 @@ def check_promises(model: HookedModel) -> None:
     """Parity with plain transformers, identity patches that change nothing, equal widths taken from tensors."""
     ids = probe_ids(model.hf)
     plain = model.logits(ids)
-    bridged = model.bridge(ids, prepend_bos=False)
+    try:
+        bridged = model.bridge(ids, prepend_bos=False)
+    except RuntimeError as error:
+        kind = type(model.hf).__name__
+        raise ValueError(f"{model.name}: TransformerLens cannot run this {kind} ({str(error)[:200]}).") from error
     gap = float((plain - bridged).abs().max() / plain.abs().max().clamp(min=1e-6))
     if not gap <= PARITY[model.dtype]:
         raise ValueError(
