@@ -7,7 +7,8 @@ import torch
 from test_engine import naive
 from tiny import FACTS, TOKENISED, random_model, tiny, tokenizer
 
-from workbench.attribution import FIXED, METHODS, attribute, by_layer, scoring, strongest
+from workbench import path
+from workbench.attribution import FIXED, METHODS, attribute, by_fact, by_layer, scoring, strongest
 from workbench.facts import FactSet
 from workbench.metrics import OBJECTIVES, logprob
 from workbench.models import load_model
@@ -183,6 +184,62 @@ def test_streamed_resumed_and_in_memory_are_the_same(tmp_path, monkeypatch: pyte
     np.testing.assert_array_equal(run(model, out=tmp_path / "a.zarr")["score"].values, expected)
     with pytest.raises(ValueError, match="steps"):
         run(model, steps=5, out=tmp_path / "a.zarr")
+
+
+def test_when_memory_runs_out_smaller_passes_go_on_and_stay_small(monkeypatch, caplog) -> None:
+    model, sizes = tiny("llama"), []
+    expected = run(model, steps=2)["score"]
+    original = scoring.score_batch
+
+    def scarce(model, facts, settings, room):
+        sizes.append((len(facts), room.rows))
+        if len(facts) > 2 or room.rows > 256:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(model, facts, settings, room)
+
+    monkeypatch.setattr(scoring, "score_batch", scarce)
+    np.testing.assert_allclose(run(model, steps=2)["score"], expected, atol=1e-6 * float(np.abs(expected).max()))
+    assert "memory ran out" in caplog.text
+    assert sorted(sizes[-5:]) == [(1, 256)] * 5  # it does not try the larger ones again
+    monkeypatch.setattr(scoring, "score_batch", lambda *args: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(ValueError, match=r"Memory ran out on fact '\w+' alone"):
+        run(model, steps=2)
+
+
+def test_a_path_that_is_not_finite_ends(monkeypatch) -> None:
+    """It is refused by the store, not refined for ever."""
+    model, original, calls = tiny("llama"), path.run_queries, []
+
+    def broken(*args):
+        calls.append(args)
+        return original(*args) * (torch.nan if len(calls) > 4 else 1)
+
+    monkeypatch.setattr(path, "run_queries", broken)
+    with pytest.raises(ValueError, match="not finite"):
+        run(model, tolerance=1e-4)
+
+
+def test_one_score_a_fact_is_the_mean_over_its_prompts() -> None:
+    facts = FACTS.filter(ids=["france", "gold"])
+    ds = run(tiny("llama"), facts.per_prompt(), steps=2)
+    assert list(ds["fact"].values) == ["france#0", "france#1", "gold#0"]
+    mean = by_fact(ds)
+    assert list(mean["fact"].values) == ["france", "gold"]
+    assert list(mean["n_prompts"].values) == [2, 1]
+    np.testing.assert_allclose(mean["score"][0], (ds["score"][0] + ds["score"][1]) / 2, rtol=1e-6)
+    np.testing.assert_allclose(mean["gap"][1], ds["gap"][2])
+    with pytest.raises(ValueError, match="is no prompt of a fact"):
+        by_fact(run(tiny("llama"), facts, steps=2))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("method", ["ig", "grad_x_act", "ablation", "activation"])
+@pytest.mark.parametrize("baseline", ["zero", "blank"])
+def test_padding_changes_nothing_when_every_position_moves(kind: str, method: str, baseline: str) -> None:
+    options = {"method": method, "scope": "all", "baseline": baseline, "steps": 2 if method == "ig" else None}
+    together = run(tiny(kind), **options)["score"].values
+    alone = run(tiny(kind), batch_size=1, **options)["score"].values
+    np.testing.assert_allclose(together, alone, atol=5e-6 * max(1, np.abs(alone).max()))
 
 
 @pytest.mark.parametrize(

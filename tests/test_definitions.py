@@ -48,10 +48,10 @@ def test_loki_code_equals_captum(kind: str) -> None:
 
 @pytest.mark.real
 def test_loki_code_equals_captum_on_the_default_model() -> None:
-    model = load_model("smollm2-135m")
-    facts = load_facts("world").filter(where=lambda fact: len(fact.prompt.split()) == 4)  # short: Captum is slow
-    facts = facts.filter(ids=facts.ids[:: len(facts) // 2][:3])
-    assert len(facts) == 3
+    """In float64. In float32 both sides round, and the first layer's path, which has a jump, makes 2e-5 of it."""
+    model = load_model("smollm2-135m", dtype="float64")
+    facts = load_facts("world").filter(where=lambda fact: len(fact.prompt.split()) <= 5)  # short: Captum is slow
+    facts = facts.filter(ids=facts.ids[:1])
     ds = run(model, facts, method="loki-code")
     for row, fact in enumerate(facts.tokenise(model.tokenizer)):
         assert worst(ds["score"].values[row], captum(model, torch.tensor([fact.prompt_ids]))) <= 1e-6
@@ -102,11 +102,23 @@ def test_ablation_equals_weights_set_to_zero(kind: str, unit: str) -> None:
     facts = FACTS.filter(ids=["france", "sky"])
     ours = run(model, facts, method="ablation", unit=unit, scope="all")["score"].values
     last = run(model, facts, method="ablation", unit=unit)["score"].values
+    others: list[float] = []
     for row, fact in enumerate(facts.tokenise(model.tokenizer)):
         ids, target = torch.tensor([fact.ids[:-1]]), torch.tensor([fact.answer_ids])
-        if len(fact.answer_ids) > 1:
-            continue  # the answer's own positions keep the unit in the engine, and lose it with the weights
-        clean = logprob(model.logits(ids)[:, -1:], target).sum()
+        last_prompt = len(fact.prompt_ids) - 1
+        clean = logprob(model.logits(ids)[:, last_prompt:], target).sum()
+        if len(fact.answer_ids) > 1:  # the answer's own positions keep the unit: a hook instead of the weights
+            for layer, index in [(0, 3), (1, 0), (2, 17)]:
+
+                def zeroed(value, index=index, last=last_prompt):
+                    value = value.clone()
+                    value[:, : last + 1, index] = 0
+                    return value
+
+                with model.patched(unit, {layer: zeroed}):
+                    effect = float(clean - logprob(model.logits(ids)[:, last_prompt:], target).sum())
+                assert ours[row, layer, index] == pytest.approx(effect, abs=5e-6)
+            continue
         for layer, index in [(0, 3), (1, 0), (2, 17)]:
             module = model.down_proj(layer)
             rows_out = type(module).__name__ == "Conv1D"
@@ -122,8 +134,8 @@ def test_ablation_equals_weights_set_to_zero(kind: str, unit: str) -> None:
                 for place, old in zip(places, kept, strict=True):
                     place.copy_(old)
             assert ours[row, layer, index] == pytest.approx(effect, abs=5e-6)
-            if layer == 0 and abs(effect) > 1e-3:  # negative control: the last position alone is another number
-                assert last[row, layer, index] != pytest.approx(effect, abs=1e-6)
+            others.append(abs(last[row, layer, index] - effect))
+    assert max(others) > 1e-4  # negative control: the last position alone is another number
 
 
 def test_random_is_drawn_by_seed_and_fact_and_activation_is_what_the_model_says() -> None:

@@ -8,6 +8,7 @@ from tiny import ARCHITECTURES, TOKENISED, random_model, tiny, tokenizer
 
 from workbench.engine import (
     attention,
+    calls,
     check,
     check_engine,
     clean_gradients,
@@ -91,7 +92,7 @@ def test_all_positions_and_every_objective_equal_the_naive_loop(kind: str, objec
 def test_the_comparison_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: queries that see each other, and a window that is forgotten, are noticed."""
     model = tiny("mistral")
-    original = queries._QueryCalls.__init__
+    original = calls.QueryCalls.__init__
 
     def blind(self, *args):
         original(self, *args)
@@ -99,12 +100,10 @@ def test_the_comparison_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(queries, "query_attention", lambda *args: nullcontext())  # the model's own, with the mask
     assert compare(model, TOKENISED, "node", "last")[1] <= 1e-5
-    monkeypatch.setattr(queries._QueryCalls, "__init__", blind)
+    monkeypatch.setattr(calls.QueryCalls, "__init__", blind)
     assert compare(model, TOKENISED, "node", "last")[1] > 1e-2
     monkeypatch.undo()
-    monkeypatch.setattr(
-        queries._QueryCalls, "_mask", lambda self, value, old=queries._QueryCalls._mask: old(self, None)
-    )
+    monkeypatch.setattr(calls.QueryCalls, "_mask", lambda self, value, old=calls.QueryCalls._mask: old(self, None))
     assert compare(model, TOKENISED, "node", "last")[1] > 1e-2
 
 

@@ -436,7 +436,8 @@ def test_the_page_draws_every_figure_and_runs_nothing_of_the_facts(tab, page):
     for width in (1280, 400):
         tab.set_viewport_size({"width": width, "height": 900})
         tab.wait_for_function(  # a resized figure is drawn again a little later; a slow machine takes longer
-            "width => [...document.querySelectorAll('.plot .main-svg')].every(svg => svg.clientWidth <= width)", arg=width
+            "width => [...document.querySelectorAll('.plot .main-svg')].every(svg => svg.clientWidth <= width)",
+            arg=width,
         )
         assert tab.evaluate("document.documentElement.scrollWidth") <= width
 

@@ -82,6 +82,8 @@ def random_model(kind: str, seed: int = 0, **changes: Any) -> Any:
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(4)
+        row = model.get_input_embeddings().weight[0]  # of padding: zeros would hide what padding changes
+        row.copy_(torch.randn(row.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
     return model
 
 

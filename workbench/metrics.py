@@ -15,7 +15,7 @@ def logprob(logits: Float[Tensor, "*batch d_vocab"], target: Int[Tensor, "*batch
     >>> logprob(torch.zeros(4), torch.tensor(1)).item()
     -1.3862943649291992
     """
-    return logit(logits, target) - torch.logsumexp(logits.float(), -1)
+    return logit(logits, target) - torch.logsumexp(_wide(logits), -1)
 
 
 def prob(logits: Float[Tensor, "*batch d_vocab"], target: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
@@ -29,7 +29,7 @@ def prob(logits: Float[Tensor, "*batch d_vocab"], target: Int[Tensor, "*batch"])
 
 def logit(logits: Float[Tensor, "*batch d_vocab"], target: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
     """Logit of the target token."""
-    return logits.gather(-1, target[..., None])[..., 0].float()
+    return _wide(logits.gather(-1, target[..., None])[..., 0])
 
 
 def margin(logits: Float[Tensor, "*batch d_vocab"], target: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
@@ -39,7 +39,7 @@ def margin(logits: Float[Tensor, "*batch d_vocab"], target: Int[Tensor, "*batch"
     2.0
     """
     others = logits.scatter(-1, target[..., None], -torch.inf)
-    return logit(logits, target) - others.amax(-1).float()
+    return logit(logits, target) - _wide(others.amax(-1))
 
 
 def rank(logits: Float[Tensor, "*batch d_vocab"], target: Int[Tensor, "*batch"]) -> Int[Tensor, "*batch"]:
@@ -62,6 +62,11 @@ def kl(before: Float[Tensor, "*batch d_vocab"], after: Float[Tensor, "*batch d_v
     """
     before, after = before.float().log_softmax(-1), after.float().log_softmax(-1)
     return (before.exp() * (before - after)).sum(-1)
+
+
+def _wide(values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """At least float32."""
+    return values if values.dtype == torch.float64 else values.float()
 
 
 #: What attribution can differentiate; each gives one number per answer token, summed over the answer's tokens.

@@ -5,9 +5,13 @@ between them must add up to, so an adaptive rule needs no guess of its error: it
 midpoint's gradient misses the change of the objective (ours).
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from math import isfinite
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -16,8 +20,10 @@ from workbench.engine import ROWS_PER_PASS, Clean, run_queries
 from workbench.metrics import Objective
 from workbench.models import HookedModel
 
+log = logging.getLogger(__name__)
+
 #: Points per layer with which the adaptive rule begins, and at most ends up with.
-FIRST_POINTS, MOST_POINTS = 4, 64
+FIRST_POINTS, MOST_POINTS = 4, 128
 #: Points of one fact in one row of a refining pass.
 POINTS_PER_ROW = 8
 #: Riemann sums: where in its interval each point lies; trapezoids have points at both ends.
@@ -55,8 +61,10 @@ class Path:
 
     @property
     def difference(self) -> Float[Tensor, "layer batch moved width"]:
-        """Clean activation minus baseline."""
-        return self.clean.activation - self.baseline
+        """Clean activation minus baseline; 0 at padding, which moves nowhere."""
+        batch = self.clean.batch
+        real = batch.mask[:, batch.start : batch.start + batch.moved].to(self.clean.activation.dtype)
+        return (self.clean.activation - self.baseline) * real[None, :, :, None]
 
     def start(self) -> Float[Tensor, "batch layer"]:
         """The objective with one layer at its baseline."""
@@ -64,9 +72,11 @@ class Path:
         values = self.values(dict.fromkeys(range(self.model.n_layers), zero))
         return torch.cat([values[layer] for layer in range(self.model.n_layers)], 1)
 
+    @cached_property
     def end(self) -> Float[Tensor, " batch"]:
-        """The objective of the clean run."""
-        return self.clean.batch.value(self.clean.logits, self.objective)
+        """The objective of the clean run, read in the same kind of pass as the others, so that rounding cancels."""
+        last = self.model.n_layers - 1
+        return self.values({last: torch.ones(len(self.clean.batch.ids), 1, device=self.model.device)})[last][:, 0]
 
     @torch.no_grad()
     def values(self, alphas: Alphas) -> dict[int, Float[Tensor, "batch point"]]:
@@ -184,7 +194,7 @@ def adaptive_integral(
     value = torch.stack([torch.cat(values[layer], 1) for layer in sorted(values)])
     total = slope.mean(2)
     difference = path.difference.float()
-    effect = path.end()[:, None] - start
+    effect = path.end[:, None] - start
     gap = effect - torch.einsum("lbmw,lbmw->bl", total, difference)
     allowed = tolerance * torch.maximum(effect.abs(), 0.2 * effect.abs().amax(1, keepdim=True))
     rough = [(int(b), int(layer)) for b, layer in (gap.abs() > allowed).nonzero()]
@@ -194,14 +204,18 @@ def adaptive_integral(
     while rough:
         rough = [k for k in rough if not _fine(paths[k], difference[k[1], k[0]], float(allowed[k]))]
         _halve(path, {k: paths[k] for k in rough}, difference, allowed)
+    rest = sum(sum(i.error(difference[k[1], k[0]]) for i in paths[k]) > float(allowed[k]) for k in paths)
+    if rest:
+        log.info("%d layers of facts keep a gap above the tolerance with %d points", rest, MOST_POINTS)
     for (b, layer), intervals in paths.items():
         total[layer, b] = sum((i.gradient * (i.high - i.low) for i in intervals), torch.zeros_like(total[layer, b]))
     return total
 
 
 def _fine(intervals: list[Interval], difference: Float[Tensor, "moved width"], allowed: float) -> bool:
-    """Whether a path is refined enough, or has as many points as it may have."""
-    return len(intervals) >= MOST_POINTS or sum(i.error(difference) for i in intervals) <= allowed
+    """Whether a path is refined enough, has as many points as it may have, or cannot be helped (not finite)."""
+    error = sum(i.error(difference) for i in intervals)
+    return len(intervals) >= MOST_POINTS or not error > allowed or not isfinite(error)
 
 
 def _first_intervals(
@@ -215,10 +229,9 @@ def _first_intervals(
     n = value.shape[2]
     inner = torch.tensor([k / n for k in range(1, n)], device=value.device).repeat(len(start), 1)
     ends = path.values(dict.fromkeys(sorted({layer for _, layer in keys}), inner))
-    end = path.end()
     paths = {}
     for b, layer in keys:
-        edges = [float(start[b, layer]), *ends[layer][b].tolist(), float(end[b])]
+        edges = [float(start[b, layer]), *ends[layer][b].tolist(), float(path.end[b])]
         paths[b, layer] = [
             Interval(k / n, (k + 1) / n, edges[k], float(value[layer, b, k]), edges[k + 1], slope[layer, b, k])
             for k in range(n)
@@ -238,7 +251,10 @@ def _halve(
     """
     rows: dict[int, list[tuple[int, list[Interval]]]] = {}
     for (b, layer), intervals in paths.items():
-        rough = [i for i in intervals if i.error(difference[layer, b]) > float(allowed[b, layer]) / len(intervals)]
+        gaps = difference[layer, b]
+        rough = [i for i in intervals if i.error(gaps) > float(allowed[b, layer]) / len(intervals)]
+        worst = np.argsort([-i.error(gaps) for i in rough], kind="stable")[: MOST_POINTS - len(intervals)]
+        rough = [rough[k] for k in worst]
         pieces = [rough[k : k + POINTS_PER_ROW // 2] for k in range(0, len(rough), POINTS_PER_ROW // 2)]
         rows.setdefault(layer, []).extend((b, piece) for piece in pieces)
     size = max(1, path.rows // (POINTS_PER_ROW * path.clean.batch.tail))

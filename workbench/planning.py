@@ -222,7 +222,7 @@ def _counts(group: Group, settings: Settings, room: Room, model: HookedModel) ->
     most = max(1, room.rows // (len(group) * tail))
     whole = len(group) * (prompt + len(group[0].answer_ids) - 1)  # tokens of a run that is not patched
     clean = 1 + (settings.baseline == "blank")
-    passes, variants = clean + ceil(model.n_layers / most), model.n_layers
+    passes, variants = clean + ceil(model.n_layers / most) + 1, model.n_layers + 1  # baselines, the clean end
     more_passes, more_variants, more_clean = QUERIES[settings.method](settings, model, most)
     rows = (clean + more_clean) * whole + (variants + more_variants) * len(group) * tail
     return passes + more_passes + more_clean, rows

@@ -144,6 +144,8 @@ def text_chunks(model: HookedModel, passages: Sequence[str], *, max_tokens: int,
     A piece begins with BOS where the tokenizer has it so, and fits the model's context; pieces with fewer than 8 tokens
     are left out. No piece at all is a `ValueError`.
     """
+    if max_tokens < 8:
+        raise ValueError(f"At least 8 tokens of general text are read, not {max_tokens}.")
     length = min(length, (model.max_tokens or length + 1) - 1)
     chunks: list[list[int]] = []
     left = max_tokens

@@ -57,7 +57,10 @@ def gradient_x_activation(problem: Problem) -> Scores:
 
 @torch.no_grad()
 def ablation(problem: Problem) -> Scores:
-    """`F(a) - F(a with a_j replaced by a'_j)`: the exact effect of every unit, one forward query each."""
+    """`F(a) - F(a with a_j replaced by a'_j)`: the exact effect of every unit, one forward query each.
+
+    Exact to rounding: in bfloat16 that is larger than many effects, so open the model in float32.
+    """
     path, clean = problem.path, problem.path.clean
     n_layers, n_batch, _, width = clean.activation.shape
     score = torch.zeros(n_batch, n_layers, width, device=path.model.device)
@@ -67,7 +70,7 @@ def ablation(problem: Problem) -> Scores:
             rows = torch.arange(len(units), device=units.device)
             points[:, rows, :, units] = path.baseline[layer][:, :, units].permute(2, 0, 1)
             values = run_queries(path.model, clean, path.unit, {layer: points}, path.objective)
-            score[:, layer, units] = path.end()[:, None] - values
+            score[:, layer, units] = path.end[:, None] - values
     return score
 
 
@@ -84,7 +87,7 @@ def random(problem: Problem) -> Scores:
         digest = hashlib.sha256(f"{problem.settings.seed}/{fact.fact_id}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
         draws.append(torch.randn(shape[0], shape[3], generator=generator))
-    return torch.stack(draws)
+    return torch.stack(draws).to(problem.path.model.device)
 
 
 def _read(moved: Float[Tensor, "layer batch moved width"], settings: Settings) -> Scores:

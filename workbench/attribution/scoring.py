@@ -101,40 +101,34 @@ def attribute(
     ) as store:
         bar = tqdm(total=len(facts), initial=len(store.done), unit="fact", desc="attribute", disable=not progress)
         with bar:
-            for indices in batches(tokenised, store.todo, settings, room, batch_size):
-                for part, scores in _scored(model, tokenised, indices, settings, room):
-                    store.write(part, *scores)
-                    bar.update(len(part))
+            while store.todo:
+                indices = next(batches(tokenised, store.todo, settings, room, batch_size))
+                part = [tokenised[i] for i in indices]
+                try:
+                    found = score_batch(model, part, settings, room)
+                except (RuntimeError, MemoryError) as error:
+                    room = _less(room, part, error)
+                else:
+                    store.write(indices, *found)
+                    bar.update(len(indices))
         return store.dataset()
 
 
 Scores = tuple[Float[np.ndarray, "batch layer width"], Float[np.ndarray, "batch layer"], Float[np.ndarray, " batch"]]
 
 
-def _scored(
-    model: HookedModel, facts: Sequence[TokenisedFact], indices: Sequence[int], settings: Settings, room: Room
-) -> Iterator[tuple[Sequence[int], Scores]]:
-    """Scores of the facts with these indices; when memory runs out, in halves, or in passes of half the size."""
-    try:
-        found = score_batch(model, [facts[i] for i in indices], settings, room)
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        found = None
-    if found is not None:
-        yield indices, found
-    elif len(indices) > 1:
-        log.warning("memory ran out with %d facts at once; going on with half as many", len(indices))
-        for half in (indices[: len(indices) // 2], indices[len(indices) // 2 :]):
-            yield from _scored(model, facts, half, settings, room)
-    elif room.rows > 1:
-        log.warning("memory ran out with %d rows in a pass; going on with half as many", room.rows)
-        yield from _scored(model, facts, indices, settings, replace(room, rows=room.rows // 2))
-    else:
+def _less(room: Room, facts: Sequence[TokenisedFact], error: Exception) -> Room:
+    """A smaller room where memory ran out; every other error is raised again."""
+    if not out_of_memory(error):
+        raise error
+    smaller = room.smaller(len(facts))
+    if smaller is None:
         raise ValueError(
-            f"Memory ran out on fact {facts[indices[0]].fact_id!r} alone: close other programs, shorten its prompt, "
-            "or open the model with dtype='bfloat16'; the facts written before are kept."
-        )
+            f"Memory ran out on fact {facts[0].fact_id!r} alone: close other programs, shorten its prompt, or open the "
+            "model with dtype='bfloat16'; the facts written before are kept."
+        ) from error
+    log.warning("memory ran out; going on with %d facts and %d rows in a pass", smaller.most, smaller.rows)
+    return smaller
 
 
 def score_batch(model: HookedModel, facts: Sequence[TokenisedFact], settings: Settings, room: Room) -> Scores:
@@ -148,7 +142,7 @@ def score_batch(model: HookedModel, facts: Sequence[TokenisedFact], settings: Se
     path = Path(model, clean, baseline, settings.unit, OBJECTIVES[settings.objective], room.rows)
     problem = Problem(facts, path, path.start(), settings)
     score = METHODS[settings.method](problem)
-    gap = path.end()[:, None] - problem.start - score.sum(-1)
+    gap = path.end[:, None] - problem.start - score.sum(-1)
     target_prob = batch.value(clean.logits, logprob).exp()
     return score.cpu().numpy(), gap.float().cpu().numpy(), target_prob.cpu().numpy()
 
@@ -173,6 +167,7 @@ def batches(
     while order:
         first = facts[order[0]]
         size = batch_size if isinstance(batch_size, int) else room.facts(len(first.ids), settings.scope == "all")
+        size = min(size, room.most)
         same = [i for i in order[:size] if len(facts[i].answer_ids) == len(first.answer_ids)]
         yield same
         order = order[len(same) :]

@@ -24,8 +24,19 @@ def main() -> None:
     except CycloptsError:
         sys.exit(2)
     except KeyboardInterrupt:
-        print("Stopped; what was computed is kept, the same command goes on.", file=sys.stderr)
+        print(
+            "Stopped; what a run folder or a zarr --out holds is kept, and the same command goes on.", file=sys.stderr
+        )
         sys.exit(130)
     except (ValueError, OSError) as error:
         print(f"workbench: {error}", file=sys.stderr)
+        sys.exit(1)
+    except (RuntimeError, MemoryError) as error:
+        from workbench.engine import out_of_memory
+
+        if not out_of_memory(error):
+            raise
+        print(
+            "workbench: memory ran out: give fewer facts or a smaller batch, or use --dtype bfloat16.", file=sys.stderr
+        )
         sys.exit(1)

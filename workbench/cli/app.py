@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import App, Parameter
+from cyclopts.validators import Number
 
 app = App(
     name="workbench",
@@ -17,6 +18,8 @@ Model = Annotated[str, Parameter(help="default's name, folder of safetensors, .g
 Facts = Annotated[str, Parameter(help="world, fictional, fictional:N:SEED, or a file or folder of facts")]
 Out = Annotated[Path | None, Parameter(help="where to write the result")]
 Chat = Annotated[bool, Parameter(name="--chat", negative="", help="ask through the chat template, as LoKI does")]
+Seed = Annotated[int, Parameter(help="seed of everything that is drawn", validator=Number(gte=0))]
+Count = Annotated[int | None, Parameter(validator=Number(gte=1))]
 Quiet = Annotated[bool, Parameter(name=["--quiet", "-q"], negative="", help="no progress bars")]
 FORMATS = ("auto", "native", "csv", "lre", "pararel", "counterfact", "counterfact-new", "mmlu", "mmlu-loki")
 

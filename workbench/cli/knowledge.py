@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from workbench.cli.app import FORMATS, Chat, Facts, Model, Out, Quiet, app, check_table, show, write_table
+from workbench.cli.app import FORMATS, Chat, Count, Facts, Model, Out, Quiet, Seed, app, check_table, show, write_table
 
 
 @app.command(name="recall")
@@ -57,7 +57,10 @@ def attribute_command(
     scope: str = "last",
     objective: str = "logprob",
     target: str = "gold",
-    batch_size: int | None = None,
+    tolerance: Annotated[float, Parameter(help="of adaptive steps: the gap, as a share of a layer's effect")] = 0.05,
+    seed: Seed = 0,
+    memory: Annotated[float | None, Parameter(help="GiB that a pass may take; half of what is free")] = None,
+    batch_size: Count = None,
     resume: bool = True,
     known_only: Annotated[bool, Parameter(help="only the facts that the model answers")] = False,
     device: str = "auto",
@@ -72,7 +75,7 @@ def attribute_command(
     from workbench.models import load_model
     from workbench.recollection import recall
 
-    checked_settings(method, unit, steps, rule, baseline, scope, objective, target)
+    checked_settings(method, unit, steps, rule, baseline, scope, objective, target, tolerance, seed)
     if out is None and not plan:
         raise ValueError("Give --out, the folder to write to, or --plan to see what it would take.")
     opened = load_model(model, device=device, dtype=dtype)
@@ -92,6 +95,9 @@ def attribute_command(
         "scope": scope,
         "objective": objective,
         "target": target,
+        "tolerance": tolerance,
+        "seed": seed,
+        "memory": memory,
         "batch_size": "auto" if batch_size is None else batch_size,
         "out": out,
         "resume": resume,
@@ -113,7 +119,7 @@ def select_command(
     strategy: str = "layer_balanced",
     quota: float = 10.0,
     score: Literal["signed", "magnitude"] = "signed",
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> None:
     """Choose the units to be trained from an attribution."""
     from workbench.results import open_result

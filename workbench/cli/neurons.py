@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from workbench.cli.app import FORMATS, Facts, Model, Out, Quiet, app, check_table, show, write_table
+from workbench.cli.app import FORMATS, Facts, Model, Out, Quiet, Seed, app, check_table, show, write_table
 
 KnownOnly = Annotated[bool, Parameter(help="only the facts that the model answers")]
 Sample = Annotated[int | None, Parameter(help="only so many of the facts, drawn by --seed")]
@@ -31,7 +31,7 @@ def neurons_command(
     selection: Annotated[Path | None, Parameter(help="JSON file of all units, for `workbench suppress`")] = None,
     effects_out: Annotated[Path | None, Parameter(help="table of the effects, fact by fact (.csv or .parquet)")] = None,
     out: Out = None,
-    seed: int = 0,
+    seed: Seed = 0,
     device: str = "auto",
     dtype: str = "auto",
     quiet: Quiet = False,
@@ -87,7 +87,7 @@ def suppress_command(
     ] = "refuse",
     max_tokens: Annotated[int, Parameter(help="tokens of the shipped general text; 0 reads none")] = 3000,
     out: Out = None,
-    seed: int = 0,
+    seed: Seed = 0,
     device: str = "auto",
     dtype: str = "auto",
     quiet: Quiet = False,

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from workbench.cli.app import FORMATS, Facts, Model, Out, Quiet, app, check_table, show, write_table
+from workbench.cli.app import FORMATS, Count, Facts, Model, Out, Quiet, Seed, app, check_table, show, write_table
 
 KnownOnly = Annotated[bool, Parameter(help="only the facts that the model answers")]
 
@@ -22,12 +22,12 @@ def trace_command(
     noise: Annotated[float, Parameter(help="in standard deviations of the subjects' embeddings")] = 3.0,
     draws: Annotated[int, Parameter(help="draws of the noise for every fact")] = 10,
     window: Annotated[int | None, Parameter(help="layers restored at once; the default depends on the site")] = None,
-    seed: int = 0,
+    seed: Seed = 0,
     missing: Annotated[str, Parameter(help="facts without their subject in the prompt: error or skip")] = "error",
     attribution: Annotated[
         Path | None, Parameter(help="a result of `workbench attribute`, to say how far the two agree")
     ] = None,
-    batch_size: int | None = None,
+    batch_size: Count = None,
     known_only: KnownOnly = False,
     device: str = "auto",
     dtype: str = "auto",
@@ -83,7 +83,7 @@ def lens_command(
     model: Model = "smollm2-135m",
     format: Literal[FORMATS] = "auto",  # type: ignore[valid-type]
     limit: Annotated[int | None, Parameter(help="at most so many facts, drawn with --seed")] = None,
-    seed: int = 0,
+    seed: Seed = 0,
     direct: Annotated[bool, Parameter(help="what each module adds to the answer's logit, instead of the lens")] = False,
     out: Out = None,
     known_only: KnownOnly = False,

@@ -1,7 +1,9 @@
 """Many interventions in one pass: the engine that scores every unit of every layer at once."""
 
+from workbench.engine.batch import Batch, make_batch
 from workbench.engine.check import check_engine
-from workbench.engine.queries import Batch, Clean, Points, clean_gradients, make_batch, run_clean, run_queries
+from workbench.engine.clean import Clean, run_clean
+from workbench.engine.queries import Points, clean_gradients, run_queries
 from workbench.engine.reading import readout
 from workbench.engine.room import ROWS_PER_PASS, Room, out_of_memory, room_for
 

@@ -30,7 +30,8 @@ def readout(
     """
     if objective is logit:
         value = torch.einsum("rd,rd->r", hidden, head.weight[target])
-        return (value if head.bias is None else value + head.bias[target]).float()
+        value = value if head.bias is None else value + head.bias[target]
+        return value if value.dtype == torch.float64 else value.float()
     return _Fused.apply(hidden, head.weight, head.bias, target, GRADIENTS[objective])
 
 
@@ -66,7 +67,7 @@ Pair = tuple[Tensor, Tensor | None]
 def _logprob(logits: Float[Tensor, "row d_vocab"], target: Int[Tensor, " row"], with_gradient: bool) -> Pair:
     """Value, and gradient `onehot - softmax`, in the place of the logits."""
     own = logit(logits, target)
-    logits = logits.float()
+    logits = logits if logits.dtype == torch.float64 else logits.float()
     top = logits.amax(-1, keepdim=True)
     share = logits.sub_(top).exp_()
     total = share.sum(-1, keepdim=True)
@@ -88,7 +89,7 @@ def _margin(logits: Float[Tensor, "row d_vocab"], target: Int[Tensor, " row"], w
     """Value, and gradient +1 at the target and -1 at the best other token."""
     own = logit(logits, target)
     best, index = logits.scatter_(1, target[:, None], -torch.inf).max(-1)
-    value = own - best.float()
+    value = own - best.to(own.dtype)
     if not with_gradient:
         return value, None
     ones = torch.ones_like(best)[:, None]

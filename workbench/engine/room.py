@@ -16,9 +16,20 @@ TOKENS_PER_PASS = 8192
 
 @dataclass(frozen=True)
 class Room:
-    """Token rows of queries in one pass."""
+    """Token rows of queries in one pass, and the most facts that are prepared together, whatever is asked."""
 
     rows: int
+    most: int = 2**31
+
+    def smaller(self, n_facts: int) -> "Room | None":
+        """What to go on with when memory ran out over `n_facts` facts: half as many, or half the rows; None is the end.
+
+        >>> Room(1024).smaller(8), Room(1024, 4).smaller(1), Room(1, 1).smaller(1)
+        (Room(rows=1024, most=4), Room(rows=512, most=1), None)
+        """
+        if n_facts > 1:
+            return Room(self.rows, n_facts // 2)
+        return Room(self.rows // 2, 1) if self.rows > 1 else None
 
     def facts(self, n_tokens: int, whole_prompt: bool = False) -> int:
         """How many facts of `n_tokens` tokens to prepare together; each query holds one token, or the whole prompt.

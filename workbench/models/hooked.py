@@ -223,6 +223,20 @@ class HookedModel:
             yield
 
 
+@contextmanager
+def forward_through(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Give a module another forward inside the `with`, and afterwards what it had, its own or one it was given."""
+    given = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if given is None:
+            del module.forward
+        else:
+            module.forward = given
+
+
 def takes_position_ids(hf: Any) -> bool:
     """Whether the architecture is told positions (ALiBi models are not)."""
     return "position_ids" in inspect.signature(hf.forward).parameters

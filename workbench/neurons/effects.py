@@ -160,7 +160,7 @@ def mean_activation(
 
     def add(layer: int, activation: Float[Tensor, "batch pos unit"]) -> Float[Tensor, "batch pos unit"]:
         seen = activation[0, -1:] if scope == "last" else activation[0]
-        total[layer] += seen.abs().double().mean(0).cpu()
+        total[layer] += seen.abs().cpu().double().mean(0)
         return activation
 
     def patch(layer: int) -> Callable[[Tensor], Tensor]:

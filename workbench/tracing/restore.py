@@ -53,7 +53,7 @@ def embedding_std(model: HookedModel, found: Sequence[tuple[TokenisedFact, range
     """Standard deviation over all numbers in the embeddings of the subjects' tokens, as ROME's code takes it."""
     ids = sorted(tokens.prompt_ids[place] for tokens, subject in found for place in subject)
     embedded = model.hf.get_input_embeddings()(torch.tensor(ids, device=model.device))
-    return float(embedded.double().std())
+    return float(embedded.cpu().double().std())
 
 
 def subject_noise(
@@ -150,10 +150,12 @@ def sweep(
     places = torch.eye(n_fed, dtype=torch.bool, device=model.device)[run.subject.start : n_prompt]
     size = batch_size if isinstance(batch_size, int) else max(1, TOKENS_PER_PASS // (settings.draws * n_fed))
     effect, effect_logprob = (np.zeros((model.n_layers, n_prompt), dtype=np.float32) for _ in range(2))
-    corrupt = run.logprob_corrupt.double()
+    corrupt = run.logprob_corrupt.cpu().double()
     for layer in range(model.n_layers):
         layers = window_of(layer, settings.window, model.n_layers)
-        scores = torch.cat([restored(model, run, settings, layers, x, n_extra) for x in places.split(size)]).double()
+        scores = (
+            torch.cat([restored(model, run, settings, layers, x, n_extra) for x in places.split(size)]).cpu().double()
+        )
         effect[layer, run.subject.start :] = (scores.exp() - corrupt.exp()).mean(1).cpu()
         effect_logprob[layer, run.subject.start :] = (scores - corrupt).mean(1).cpu()
         bar.update()

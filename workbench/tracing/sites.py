@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from workbench.models import HookedModel, probe_ids
+from workbench.models import HookedModel, forward_through, probe_ids
 
 Patch = Callable[[Tensor], Tensor]
 
@@ -103,8 +103,7 @@ def entered(
     with ExitStack() as stack:
         for place in range(min(layer + 1, model.n_layers)):
             block: Any = model.block(place)
-            stack.callback(block.__dict__.pop, "forward", None)
-            block.forward = passed if place < layer else partial(begun, block.forward)
+            stack.enter_context(forward_through(block, passed if place < layer else partial(begun, block.forward)))
         yield
 
 
