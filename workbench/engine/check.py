@@ -42,15 +42,20 @@ def check_engine(model: HookedModel) -> None:
         points = {layer: (0.5 * clean.activation[layer])[:, None].requires_grad_() for layer in layers}
         values = run_queries(model, clean, "node", points, logprob)
         gradients = torch.autograd.grad(values.sum(), list(points.values()))
+        again = torch.tensor([1, 0, 0], device=model.device)
+        some = run_queries(model, clean.of(again), "node", {n: p.detach()[again] for n, p in points.items()}, logprob)
     except (RuntimeError, TypeError, IndexError, KeyError, AttributeError) as error:
         raise ValueError(f"{kind}: the attribution engine cannot run this architecture ({error}).") from error
+    values = values.detach()
+    if not torch.allclose(some, values[again], rtol=0, atol=ENGINE_TOLERANCE[model.dtype] * float(values.abs().max())):
+        raise ValueError(f"{kind}: the attribution engine cannot take some facts of a batch, so it is not supported.")
     _check_own_masks(model, facts[0])
     scale = max(float(gradient.abs().max()) for gradient in gradients)
     for column, layer in enumerate(layers):
         for row, fact in enumerate(facts):
             value, gradient = _hooked_gradient(model, fact, layer)
             gap = max(
-                abs(float(values[row, column].detach()) - value) / max(1.0, abs(value)),
+                abs(float(values[row, column]) - value) / max(1.0, abs(value)),
                 float((gradients[column][row, 0] - gradient).abs().max()) / max(scale, 1e-12),
             )
             if not gap <= ENGINE_TOLERANCE[model.dtype]:
