@@ -101,13 +101,14 @@ def attribute(
     ) as store:
         bar = tqdm(total=len(facts), initial=len(store.done), unit="fact", desc="attribute", disable=not progress)
         with bar:
-            while store.todo:
-                indices = next(batches(tokenised, store.todo, settings, room, batch_size))
+            queue = batches(tokenised, store.todo, settings, room, batch_size)
+            while indices := next(queue, None):
                 part = [tokenised[i] for i in indices]
                 try:
                     found = score_batch(model, part, settings, room)
                 except (RuntimeError, MemoryError) as error:
                     room = _less(room, part, error)
+                    queue = batches(tokenised, store.todo, settings, room, batch_size)
                 else:
                     store.write(indices, *found)
                     bar.update(len(indices))

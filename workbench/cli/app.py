@@ -47,3 +47,14 @@ def write_table(frame: Any, out: Path | None) -> None:
     else:
         save_frame(frame, out)
     print(out)
+
+
+def known_among(model: Any, facts: Any, quiet: bool) -> Any:
+    """The facts that the model answers; none is a `ValueError`."""
+    from workbench.recollection import recall
+
+    frame = recall(model, facts, progress=not quiet)
+    known = [str(i) for i in frame.index[frame["known"]]]
+    if not known:
+        raise ValueError(f"The model knows none of the {len(facts)} facts of {facts.name}; leave --known-only out.")
+    return facts.filter(ids=known)

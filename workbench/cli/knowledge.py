@@ -5,7 +5,21 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from workbench.cli.app import FORMATS, Chat, Count, Facts, Model, Out, Quiet, Seed, app, check_table, show, write_table
+from workbench.cli.app import (
+    FORMATS,
+    Chat,
+    Count,
+    Facts,
+    Model,
+    Out,
+    Quiet,
+    Seed,
+    app,
+    check_table,
+    known_among,
+    show,
+    write_table,
+)
 
 
 @app.command(name="recall")
@@ -73,7 +87,6 @@ def attribute_command(
     chosen = load_facts(facts, format=format)
     from workbench.attribution import attribute, checked_settings
     from workbench.models import load_model
-    from workbench.recollection import recall
 
     checked_settings(method, unit, steps, rule, baseline, scope, objective, target, tolerance, seed)
     if out is None and not plan:
@@ -81,11 +94,7 @@ def attribute_command(
     opened = load_model(model, device=device, dtype=dtype)
     chosen = chosen.as_chat(opened.tokenizer) if chat else chosen
     if known_only:
-        frame = recall(opened, chosen, progress=not quiet)
-        known = [str(i) for i in frame.index[frame["known"]]]
-        if not known:
-            raise ValueError(f"The model knows none of the {len(chosen)} facts of {facts}; leave --known-only out.")
-        chosen = chosen.filter(ids=known)
+        chosen = known_among(opened, chosen, quiet)
     options: dict[str, Any] = {
         "method": method,
         "unit": unit,

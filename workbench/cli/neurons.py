@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from workbench.cli.app import FORMATS, Facts, Model, Out, Quiet, Seed, app, check_table, show, write_table
+from workbench.cli.app import FORMATS, Facts, Model, Out, Quiet, Seed, app, check_table, known_among, show, write_table
 
 KnownOnly = Annotated[bool, Parameter(help="only the facts that the model answers")]
 Sample = Annotated[int | None, Parameter(help="only so many of the facts, drawn by --seed")]
@@ -161,15 +161,10 @@ def _opened(
     if sample is not None and not known_only:
         chosen = chosen.sample(sample, seed)
     from workbench.models import load_model
-    from workbench.recollection import recall
 
     opened = load_model(model, device=device, dtype=dtype)
     if known_only:
-        frame = recall(opened, chosen, progress=not quiet)
-        known = [str(i) for i in frame.index[frame["known"]]]
-        if not known:
-            raise ValueError(f"The model knows none of the {len(chosen)} facts of {facts}; leave --known-only out.")
-        chosen = chosen.filter(ids=known)
+        chosen = known_among(opened, chosen, quiet)
         chosen = chosen if sample is None else chosen.sample(min(sample, len(chosen)), seed)
     return opened, chosen
 

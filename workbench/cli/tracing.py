@@ -5,7 +5,20 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from workbench.cli.app import FORMATS, Count, Facts, Model, Out, Quiet, Seed, app, check_table, show, write_table
+from workbench.cli.app import (
+    FORMATS,
+    Count,
+    Facts,
+    Model,
+    Out,
+    Quiet,
+    Seed,
+    app,
+    check_table,
+    known_among,
+    show,
+    write_table,
+)
 
 KnownOnly = Annotated[bool, Parameter(help="only the facts that the model answers")]
 
@@ -127,12 +140,5 @@ def _check_out(out: Path | None) -> None:
 
 def _chosen(model: Any, facts: Any, known_only: bool, limit: int | None, seed: int, quiet: bool) -> Any:
     """The facts that are asked for: those the model answers, at most `limit` of them."""
-    from workbench.recollection import recall
-
-    if known_only:
-        frame = recall(model, facts, progress=not quiet)
-        known = [str(i) for i in frame.index[frame["known"]]]
-        if not known:
-            raise ValueError(f"The model knows none of the {len(facts)} facts of {facts.name}; leave --known-only out.")
-        facts = facts.filter(ids=known)
+    facts = known_among(model, facts, quiet) if known_only else facts
     return facts if limit is None or limit >= len(facts) else facts.sample(limit, seed=seed)

@@ -66,7 +66,7 @@ def run_clean(model: HookedModel, batch: Batch, unit: str) -> Clean:
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden, *rest = args or [kwargs.pop("hidden_states")]
         names = list(inspect.signature(module.forward).parameters)[1:]
-        resid_pre.append(hidden[:, batch.start :])
+        resid_pre.append(hidden[:, batch.start :].clone())  # a view would keep the whole prompt's
         calls.append(dict(zip(names, rest, strict=False)) | kwargs)
 
     def after(module: nn.Module, args: Any, output: Any) -> None:

@@ -9,8 +9,9 @@ from torch import Tensor
 from workbench.models.hooked import HookedModel
 
 #: Largest difference of logits between the bridge (eager attention) and plain transformers, relative to the largest
-#: logit. Measured in float32: 3e-7 on tiny random models, 2e-6 on the default model.
-PARITY = {torch.float64: 1e-5, torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+#: logit. Measured in float32: 3e-7 on tiny random models, 2e-6 on the default model; in float64,
+#: where norms still compute in float32, 3e-7.
+PARITY = {torch.float64: 2e-6, torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
 
 def refuse_unsupported(hf: Any, name: str) -> None:
