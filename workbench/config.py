@@ -23,7 +23,7 @@ class AttributionConfig(_Section):
     scope: str = Field("last", description="positions that move: last or all")
     objective: str = Field("logprob", description="what is differentiated: logprob, prob, logit or margin")
     target: str = Field("gold", description="gold (the fact's answer) or predicted")
-    max_facts: int | None = Field(40, ge=2, description="attribute at most this many known facts, drawn by seed")
+    max_facts: int | None = Field(30, ge=2, description="attribute at most this many known facts, drawn by seed")
 
 
 class SelectionConfig(_Section):
@@ -53,7 +53,7 @@ class EvaluationConfig(_Section):
     """What is read before and after."""
 
     general: str = Field("general", description="the shipped prose (general), or a text file, a passage a paragraph")
-    max_retained: int | None = Field(120, ge=1, description="read at most this many known facts, drawn by seed")
+    max_retained: int | None = Field(80, ge=1, description="read at most this many known facts, drawn by seed")
     general_tokens: int = Field(1024, ge=64, description="read at most this many tokens of general text")
 
 
@@ -65,7 +65,7 @@ class Config(_Section):
     device: str = Field("auto", description="auto, cpu, cuda, mps")
     dtype: str = Field("auto", description="auto, float32, bfloat16, float16")
     retained: str = Field("world", description="facts that the model may know: a shipped name or a file")
-    implanted: str = Field("fictional:39", description="facts to be taught: a shipped name or a file")
+    implanted: str = Field("fictional:30", description="facts to be taught: a shipped name or a file")
     methods: tuple[str, ...] = Field(("loki", "loki_random", "lora"), description="what is compared")
     seed: int = Field(0, ge=0, description="seed of everything that is drawn")
     attribution: AttributionConfig = AttributionConfig()
