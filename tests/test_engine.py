@@ -1,6 +1,7 @@
 """The one-pass engine against a naive loop: one hooked forward and backward per fact, layer and step."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from workbench.engine import (
     run_clean,
     run_queries,
 )
+from workbench.facts import TokenisedFact
 from workbench.metrics import OBJECTIVES, logprob
 from workbench.models import load_model
 
@@ -165,6 +167,46 @@ def test_some_facts_of_a_batch_give_the_same_values(kind: str) -> None:
     assert float((part - whole).abs().max()) > 1e-3
 
 
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_tokens_that_all_prompts_begin_with_are_run_once(kind: str) -> None:
+    """Prompts of different lengths with the same beginning, against each prompt alone, which shares nothing."""
+    model = tiny(kind)
+    beginning = (1, 4, 9, 5, 17, 6, 7, 20, 11)
+    facts = [
+        TokenisedFact("long", (*beginning, 12, 30, 8), (10, 13)),
+        TokenisedFact("short", (*beginning, 14), (16,)),
+        TokenisedFact("middle", (*beginning, 21, 22), (15,)),
+    ]
+    batch = make_batch(facts, model.device)
+    assert batch.shared == len(beginning)
+    fed: list[tuple[int, ...]] = []
+    hook = model.block(0).register_forward_hook(lambda module, args, output: fed.append(model_rows(output)))
+    clean = run_clean(model, batch, "node")
+    hook.remove()
+    assert fed == [(1, len(beginning)), (3, 4)]  # once, then what comes after in the longest
+    points = {layer: 0.3 * clean.activation[layer][:, None] for layer in range(model.n_layers)}
+    values = run_queries(model, clean, "node", points, logprob)
+    gradients = clean_gradients(model, clean, "node", logprob)
+    for row, fact in enumerate(facts):
+        alone = run_clean(model, make_batch([fact], model.device), "node")
+        torch.testing.assert_close(alone.activation[:, 0], clean.activation[:, row], atol=1e-5, rtol=1e-4)
+        points = {layer: 0.3 * alone.activation[layer][:, None] for layer in range(model.n_layers)}
+        torch.testing.assert_close(
+            run_queries(model, alone, "node", points, logprob)[0], values[row], atol=1e-5, rtol=1e-5
+        )
+        theirs = clean_gradients(model, alone, "node", logprob)[:, 0]
+        torch.testing.assert_close(theirs, gradients[:, row], atol=1e-5, rtol=1e-4)
+    changed = replace(facts[0], prompt_ids=(*beginning[:-1], 30, *facts[0].prompt_ids[len(beginning) :]))
+    other = run_clean(model, make_batch([changed], model.device), "node")
+    assert float((other.activation[:, 0] - clean.activation[:, 0]).abs().max()) > 1e-3  # the beginning matters
+
+
+def model_rows(output: object) -> tuple[int, ...]:
+    """(batch, columns) of what a block gave."""
+    hidden = output if isinstance(output, torch.Tensor) else output[0]  # type: ignore[index]
+    return tuple(hidden.shape[:2])
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "opt"])
 def test_chunks_of_any_layers_give_the_same_values(kind: str) -> None:
     model = tiny(kind)
@@ -179,7 +221,8 @@ def test_chunks_of_any_layers_give_the_same_values(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["gpt2", "qwen3", "opt"])
 def test_gradients_of_the_clean_run_equal_the_loop_at_the_end_of_the_path(kind: str) -> None:
     model = tiny(kind)
-    gradients = clean_gradients(model, make_batch(TOKENISED, model.device), "neuron", logprob)
+    clean = run_clean(model, make_batch(TOKENISED, model.device), "neuron")
+    gradients = clean_gradients(model, clean, "neuron", logprob)
     for row, fact in enumerate(TOKENISED):
         for layer in range(model.n_layers):
             _, expected = naive(model, fact, "neuron", layer, 1.0, "last", logprob)

@@ -51,7 +51,7 @@ def mean_gradient(problem: Problem) -> Scores:
 def gradient_x_activation(problem: Problem) -> Scores:
     """`(a_j - a'_j) * dF(a)/da_j`: the first-order effect, one backward pass for all layers."""
     path = problem.path
-    gradient = clean_gradients(path.model, path.clean.batch, path.unit, path.objective)
+    gradient = clean_gradients(path.model, path.clean, path.unit, path.objective)
     return _read(gradient.float() * path.difference.float(), problem.settings)
 
 

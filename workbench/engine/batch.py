@@ -11,6 +11,9 @@ from workbench.facts import TokenisedFact
 from workbench.metrics import Objective
 from workbench.models import pad_batch
 
+#: Fewer first tokens in common than this are not worth a run of their own.
+LEAST_SHARED = 8
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -18,7 +21,8 @@ class Batch:
 
     The columns from `start` on are the *tail*, which every query holds a copy of; its first `moved` columns are those
     whose activations are replaced. After its last columns the answers are read: `target` says which token each is
-    compared with, and `weight` is 0 where an answer is shorter than the longest.
+    compared with, and `weight` is 0 where an answer is shorter than the longest. The first `shared` tokens are those of
+    every prompt, so that one run of them is enough.
     """
 
     ids: Int[Tensor, "batch pos"]
@@ -27,6 +31,7 @@ class Batch:
     moved: int
     target: Int[Tensor, "batch read"]
     weight: Float[Tensor, "batch read"]
+    shared: int = 0
 
     @property
     def tail(self) -> int:
@@ -64,4 +69,19 @@ def make_batch(facts: Sequence[TokenisedFact], device: torch.device, scope: str 
         answer_mask.float(),
     )
     ids, mask, target, weight = (tensor.to(device) for tensor in tensors)
-    return Batch(ids, mask, start, prompts.shape[1] - start, target, weight)
+    shared = min(start, shared_tokens([fact.prompt_ids for fact in facts]))
+    return Batch(ids, mask, start, prompts.shape[1] - start, target, weight, shared if shared >= LEAST_SHARED else 0)
+
+
+def shared_tokens(prompts: Sequence[Sequence[int]]) -> int:
+    """How many first tokens several prompts have in common; 0 for a single one, which shares nothing.
+
+    >>> shared_tokens([(5, 6, 7), (5, 6, 8)]), shared_tokens([(5, 6)])
+    (2, 0)
+    """
+    if len(prompts) < 2:
+        return 0
+    low, high = min(prompts), max(prompts)  # what the first and the last in order have in common, all have
+    return next(
+        (i for i, pair in enumerate(zip(low, high, strict=False)) if pair[0] != pair[1]), min(len(low), len(high))
+    )

@@ -33,7 +33,8 @@ class QueryCalls:
         return {name: self._reindexed(name, value, n_rows) for name, value in call.items()}
 
     def _reindexed(self, name: str, value: Any, n_rows: int) -> Any:
-        rows, columns = self.rows[:n_rows], self.columns[: self.clean.batch.start + n_rows]
+        columns = self.columns[: self.clean.batch.start + n_rows]
+        rows = self.rows[:n_rows] - self.clean.batch.shared  # the call was made for the columns after the shared ones
         if name == "attention_mask":
             return self._mask(value)[:, :, :n_rows, : len(columns)]
         if isinstance(value, Cache):
@@ -62,7 +63,7 @@ class QueryCalls:
                 raise ValueError(f"{self.model.name}: its attention takes a mask of shape {tuple(value.shape)}; "
                                  'open it with attn_implementation="sdpa" or "eager".')  # fmt: skip
             else:
-                value = value[..., self.rows, :][..., self.columns]
+                value = value[..., self.rows - self.clean.batch.shared, :][..., self.columns]
                 allowed = value if value.dtype == torch.bool else value > torch.finfo(value.dtype).min / 2
             zero = torch.zeros((), dtype=self.model.dtype, device=self.rows.device)
             self.masks[id(value)] = zero.masked_fill(~(allowed & self.own), torch.finfo(self.model.dtype).min)

@@ -27,7 +27,7 @@ from workbench.engine.calls import QueryCalls
 from workbench.engine.clean import Clean
 from workbench.engine.reading import readout
 from workbench.metrics import Objective
-from workbench.models import HookedModel, forward_through
+from workbench.models import HookedModel, Patch, forward_through
 
 #: Variants of some layers: activations (batch, variant, moved, unit) that replace the clean ones where they are moved.
 Points = Mapping[int, Tensor]
@@ -40,15 +40,54 @@ def run_queries(
 
     `points[l][:, k]` replaces the unit activations of layer l at the moved positions in the k-th variant of layer l.
     """
+
+    def put(layer: int) -> Patch:
+        def replaced(value: Tensor) -> Tensor:
+            new = points[layer]
+            value = value.clone()
+            value[:, -new.shape[1] :, : clean.batch.moved] = new.to(value.dtype)
+            return value
+
+        return replaced
+
+    born = {layer: point.shape[1] for layer, point in points.items()}
+    return _objective_of_queries(model, clean, unit, born, {layer: put(layer) for layer in points}, objective)
+
+
+def clean_gradients(
+    model: HookedModel, clean: Clean, unit: str, objective: Objective
+) -> Float[Tensor, "layer batch moved width"]:
+    """Gradient of the objective in the clean activations of every layer: one query per fact, forward and back."""
+    zeros: list[Tensor] = []
+
+    def shift(value: Tensor) -> Tensor:
+        zeros.append(torch.zeros_like(value[:, :, : clean.batch.moved]).requires_grad_())
+        value = value.clone()
+        value[:, :, : clean.batch.moved] = value[:, :, : clean.batch.moved] + zeros[-1]
+        return value
+
+    patches = dict.fromkeys(range(model.n_layers), shift)
+    values = _objective_of_queries(model, clean, unit, {0: 1}, patches, objective)
+    return torch.stack([gradient[:, 0] for gradient in torch.autograd.grad(values.sum(), zeros)])
+
+
+def _objective_of_queries(
+    model: HookedModel,
+    clean: Clean,
+    unit: str,
+    births: Mapping[int, int],
+    patches: Mapping[int, Patch],
+    objective: Objective,
+) -> Float[Tensor, "batch query"]:
+    """The objective of parallel queries, `births[l]` of them born at layer l from the clean residual stream.
+
+    `patches[l]` maps the unit activations (batch, query, tail, unit) of the queries born so far to what they become.
+    """
     batch, tail = clean.batch, clean.batch.tail
-    n_queries = sum(value.shape[1] for value in points.values())
+    n_queries = sum(births.values())
     calls = QueryCalls(model, clean, n_queries)
-    first = min(points)
-    born: dict[int, int] = {}
-    count = 0
-    for layer in range(model.n_layers):
-        count += points[layer].shape[1] if layer in points else 0
-        born[layer] = count
+    first = min(births)
+    rows_at = [tail * sum(count for at, count in births.items() if at <= layer) for layer in range(model.n_layers)]
 
     def forward(layer: int, original: Callable[..., Any]) -> Callable[..., Any]:
         def run(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -56,20 +95,18 @@ def run_queries(
                 extra = clean.extras[layer]
                 return hidden if extra is None else (hidden, *extra)
             rows = [] if layer == first else [hidden]
-            if layer in points:
-                rows.append(repeat(clean.resid_pre[layer], "b t d -> b (n t) d", n=points[layer].shape[1]))
-            return original(torch.cat(rows, 1), **calls.arguments(layer, born[layer] * tail))
+            if layer in births:
+                rows.append(repeat(clean.resid_pre[layer], "b t d -> b (n t) d", n=births[layer]))
+            return original(torch.cat(rows, 1), **calls.arguments(layer, rows_at[layer]))
 
         return run
 
-    def patch(layer: int) -> Callable[[Tensor], Tensor]:
-        def replace(value: Tensor) -> Tensor:
-            new = points[layer]
-            value = rearrange(value, "b (n t) d -> b n t d", t=tail).clone()
-            value[:, -new.shape[1] :, : batch.moved] = new.to(value.dtype)
+    def patch(layer: int) -> Patch:
+        def by_query(value: Tensor) -> Tensor:
+            value = patches[layer](rearrange(value, "b (n t) d -> b n t d", t=tail))
             return rearrange(value, "b n t d -> b (n t) d")
 
-        return replace
+        return by_query
 
     def unembed(original: Callable[..., Any]) -> Callable[..., Any]:
         """Read the answers' columns only; with a plain head give the objective in the place of its logits."""
@@ -86,37 +123,22 @@ def run_queries(
     head = model.hf.get_output_embeddings()
     target = repeat(batch.target, "b r -> b n r", n=n_queries)
     with ExitStack() as stack:
-        stack.enter_context(model.patched(unit, {layer: patch(layer) for layer in points}))
+        stack.enter_context(model.patched(unit, {layer: patch(layer) for layer in patches}))
         stack.enter_context(query_attention(model.config, batch.start, tail))
         stack.enter_context(forward_through(head, unembed(head.forward)))
         for layer in range(model.n_layers):
             block = model.block(layer)
             stack.enter_context(forward_through(block, forward(layer, block.forward)))
-        ids = repeat(batch.ids[:, batch.start :], "b t -> b (n t)", n=n_queries)
-        inputs = model.inputs(ids)
-        if "position_ids" in inputs:
-            positions = model.inputs(batch.ids, batch.mask)["position_ids"][:, batch.start :]
-            inputs["position_ids"] = repeat(positions, "b t -> b (n t)", n=n_queries)
-        logits = model.hf(**inputs, use_cache=False).logits
+        logits = model.hf(**_inputs_of_queries(model, batch, n_queries), use_cache=False).logits
     logits = rearrange(logits, "b (n r) v -> b n r v", r=batch.read)
     values = logits[..., 0] if clean.plain_head else objective(logits, target)
     return (values * batch.weight[:, None]).sum(-1)
 
 
-def clean_gradients(
-    model: HookedModel, batch: Batch, unit: str, objective: Objective
-) -> Float[Tensor, "layer batch moved width"]:
-    """Gradient of the objective in the clean activations of every layer: one forward, one backward, no queries."""
-    moved = slice(batch.start, batch.start + batch.moved)
-    zeros: list[Tensor] = []
-
-    def shift(value: Tensor) -> Tensor:
-        zeros.append(torch.zeros_like(value[:, moved]).requires_grad_())
-        value = value.clone()
-        value[:, moved] = value[:, moved] + zeros[-1]
-        return value
-
-    with model.patched(unit, dict.fromkeys(range(model.n_layers), shift)):
-        inputs = model.inputs(batch.ids, batch.mask) | model.keeping(batch.read)
-        logits = model.hf(**inputs, use_cache=False).logits[:, -batch.read :]
-    return torch.stack(torch.autograd.grad(batch.value(logits, objective).sum(), zeros))
+def _inputs_of_queries(model: HookedModel, batch: Batch, n_queries: int) -> dict[str, Any]:
+    """What the model is called with: the tail of every query, at the positions of the prompt's own."""
+    inputs = model.inputs(repeat(batch.ids[:, batch.start :], "b t -> b (n t)", n=n_queries))
+    if "position_ids" in inputs:
+        positions = model.inputs(batch.ids, batch.mask)["position_ids"][:, batch.start :]
+        inputs["position_ids"] = repeat(positions, "b t -> b (n t)", n=n_queries)
+    return inputs

@@ -1,13 +1,14 @@
 """Opening models and looking into them: the only door to transformer-lens and to transformers' loading."""
 
 from workbench.models.devices import free_memory
-from workbench.models.hooked import HookedModel, Unit, check_unit, forward_through, pad_batch, projection_widths
+from workbench.models.hooked import HookedModel, Patch, Unit, check_unit, forward_through, pad_batch, projection_widths
 from workbench.models.loading import load_model, own_tokenizer
 from workbench.models.promises import probe_ids
 from workbench.models.sources import default_model, list_models, load_hf
 
 __all__ = [
     "HookedModel",
+    "Patch",
     "Unit",
     "check_unit",
     "default_model",
