@@ -7,10 +7,10 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, TOKENISED, random_model, tiny, tokenizer
 
+from workbench import engine
 from workbench.engine import (
     attention,
     calls,
-    check,
     check_engine,
     clean_gradients,
     make_batch,
@@ -266,10 +266,25 @@ def test_a_mask_table_that_a_full_pass_would_run_out_of_is_noticed() -> None:
         check_engine(model)
 
 
-def test_engine_check_passes_where_the_loop_agrees_and_notices_a_broken_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_passes_on_every_architecture_and_notices_a_broken_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     for kind in ARCHITECTURES:
         check_engine(tiny(kind))
-    monkeypatch.setattr(check, "logprob", OBJECTIVES["logit"])
-    monkeypatch.setattr(check, "_hooked_gradient", lambda model, fact, layer: (0.0, torch.zeros(1, model.d_model)))
-    with pytest.raises(ValueError, match="engine and plain hooks differ"):
-        check_engine(load_model(random_model("llama", seed=3), tokenizer=tokenizer()))
+    shared, arguments = engine.clean._shared_cache, engine.calls.QueryCalls.arguments
+
+    def flipped(model, batch):
+        """The shared keys, but those of another order."""
+        cache = shared(model, batch)
+        for layer in cache.layers:
+            layer.keys = layer.keys.flip(2)
+        return cache
+
+    def late(self, layer, n_rows):
+        """What the block before was called with, masks of a local layer for those of a global one."""
+        return arguments(self, max(layer - 1, 0), n_rows)
+
+    for place, name, broken in ((engine.clean, "_shared_cache", flipped), (engine.calls.QueryCalls, "arguments", late)):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, broken)
+            with pytest.raises(ValueError, match="engine and plain hooks differ"):
+                check_engine(load_model(random_model("gemma3_text", seed=3), tokenizer=tokenizer()))
+    check_engine(load_model(random_model("gemma3_text", seed=3), tokenizer=tokenizer()))

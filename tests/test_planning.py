@@ -52,6 +52,18 @@ def test_passes_and_rows_are_those_of_the_run(options: dict[str, Any]) -> None:
     assert planned.rows != sum(rows)
 
 
+def test_one_layer_is_measured_where_a_method_takes_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ablation of a sample runs the middle layer only, and its rows cost as those of all layers do on average."""
+    model = tiny("llama")
+    planned = plan(model, FACTS, method="ablation")
+    with forwards(model) as rows:
+        attribute(model, FACTS, method="ablation", progress=False)
+    assert (planned.passes, planned.rows) == (len(rows), sum(rows))
+    measured = sum(sample.rows for sample in planned.samples)
+    facts = sum(sample.facts for sample in planned.samples)
+    assert measured < 0.5 * sum(rows) * facts / len(FACTS)
+
+
 def test_every_method_can_be_planned() -> None:
     assert set(QUERIES) == set(METHODS)
 

@@ -21,12 +21,16 @@ from workbench.path import Path, adaptive_integral, integral
 
 @dataclass(frozen=True)
 class Problem:
-    """One batch of facts to be scored: the path of every layer, and the objective with each layer at its baseline."""
+    """One batch of facts to be scored: the path of every layer, and the objective with each layer at its baseline.
+
+    Methods that take one layer after another score `layers` only.
+    """
 
     facts: Sequence[TokenisedFact]
     path: Path
     start: Float[Tensor, "batch layer"]
     settings: Settings
+    layers: Sequence[int]
 
 
 Scores = Float[Tensor, "batch layer width"]
@@ -64,7 +68,7 @@ def ablation(problem: Problem) -> Scores:
     path, clean = problem.path, problem.path.clean
     n_layers, n_batch, _, width = clean.activation.shape
     score = torch.zeros(n_batch, n_layers, width, device=path.model.device)
-    for layer in range(n_layers):
+    for layer in problem.layers:
         for units in torch.arange(width, device=path.model.device).split(path.room):
             points = repeat(clean.activation[layer], "b m w -> b n m w", n=len(units)).clone()
             rows = torch.arange(len(units), device=units.device)
@@ -108,3 +112,6 @@ METHODS: dict[str, Method] = {
     "kn": integrated_gradients,
     "kn-code": integrated_gradients,
 }
+
+#: Methods that score one layer after another.
+LAYER_BY_LAYER = ("ablation",)

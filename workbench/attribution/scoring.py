@@ -3,8 +3,8 @@
 import logging
 import pathlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
-from typing import Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -82,37 +82,54 @@ def attribute(
         ValueError: an unknown option, a fact that does not fit the model, or a result at `out` with other settings.
     """
     settings = checked_settings(method, unit, steps, rule, baseline, scope, objective, target, tolerance, seed)
+    work = prepare(model, facts, settings, batch_size, memory)
+    check_engine(model)
+    notes = {"model": model.name, "facts": facts.name, "dtype": str(model.dtype).removeprefix("torch.")}
+    with open_store(out, **work.labels, notes=notes, resume=resume) as store:
+        room = work.room
+        bar = tqdm(total=len(facts), initial=len(store.done), unit="fact", desc="attribute", disable=not progress)
+        with bar:
+            queue = batches(work.facts, store.todo, settings, room, batch_size)
+            while indices := next(queue, None):
+                part = [work.facts[i] for i in indices]
+                try:
+                    found = score_batch(model, part, settings, room)
+                except (RuntimeError, MemoryError) as error:
+                    room = _less(room, part, error)
+                    queue = batches(work.facts, store.todo, settings, room, batch_size)
+                else:
+                    store.write(indices, *found)
+                    bar.update(len(indices))
+        return store.dataset()
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be scored: the facts as tokens, how much goes into a pass, and the labels of the result."""
+
+    facts: list[TokenisedFact]
+    room: Room
+    labels: dict[str, Any]
+
+
+def prepare(
+    model: HookedModel, facts: FactSet, settings: Settings, batch_size: int | str = "auto", memory: float | None = None
+) -> Work:
+    """Everything that can be refused before the first pass, and the result's labels."""
     if batch_size != "auto" and not (isinstance(batch_size, int) and batch_size > 0):
         raise ValueError(f'batch_size must be "auto" or a positive number, not {batch_size!r}.')
     room = room_for(model, memory)
     tokenised = model.tokenise(facts)
     if settings.target == "predicted":
         tokenised = [replace(fact, answer_ids=(0,)) for fact in tokenised]
-    check_engine(model)
-    with open_store(
-        out,
-        ids=facts.ids,
-        relations=[fact.relation for fact in facts],
-        n_layers=model.n_layers,
-        n_units=model.width(settings.unit),
-        attrs=asdict(settings) | {"model_digest": model.digest, "fact_digest": facts.digest},
-        notes={"model": model.name, "facts": facts.name, "dtype": str(model.dtype).removeprefix("torch.")},
-        resume=resume,
-    ) as store:
-        bar = tqdm(total=len(facts), initial=len(store.done), unit="fact", desc="attribute", disable=not progress)
-        with bar:
-            queue = batches(tokenised, store.todo, settings, room, batch_size)
-            while indices := next(queue, None):
-                part = [tokenised[i] for i in indices]
-                try:
-                    found = score_batch(model, part, settings, room)
-                except (RuntimeError, MemoryError) as error:
-                    room = _less(room, part, error)
-                    queue = batches(tokenised, store.todo, settings, room, batch_size)
-                else:
-                    store.write(indices, *found)
-                    bar.update(len(indices))
-        return store.dataset()
+    labels = {
+        "ids": facts.ids,
+        "relations": [fact.relation for fact in facts],
+        "n_layers": model.n_layers,
+        "n_units": model.width(settings.unit),
+        "attrs": asdict(settings) | {"model_digest": model.digest, "fact_digest": facts.digest},
+    }
+    return Work(tokenised, room, labels)
 
 
 Scores = tuple[Float[np.ndarray, "batch layer width"], Float[np.ndarray, "batch layer"], Float[np.ndarray, " batch"]]
@@ -132,16 +149,26 @@ def _less(room: Room, facts: Sequence[TokenisedFact], error: Exception) -> Room:
     return smaller
 
 
-def score_batch(model: HookedModel, facts: Sequence[TokenisedFact], settings: Settings, room: Room) -> Scores:
-    """Scores, completeness gaps and target probabilities of a few facts."""
+def score_batch(
+    model: HookedModel,
+    facts: Sequence[TokenisedFact],
+    settings: Settings,
+    room: Room,
+    layers: Sequence[int] | None = None,
+) -> Scores:
+    """Scores, completeness gaps and target probabilities of a few facts.
+
+    `layers` spares methods that take one layer after another the rest, whose scores are then 0.
+    """
     batch = make_batch(facts, model.device, settings.scope)
     clean = run_clean(model, batch, settings.unit)
     if settings.target == "predicted":
         batch = replace(batch, target=clean.logits.argmax(-1))
         clean = replace(clean, batch=batch)
     baseline = baseline_of(model, batch, clean, settings)
-    path = Path(model, clean, baseline, settings.unit, OBJECTIVES[settings.objective], room.rows)
-    problem = Problem(facts, path, path.start(), settings)
+    rows = room.rows if clean.plain_head else min(room.rows, room.whole)
+    path = Path(model, clean, baseline, settings.unit, OBJECTIVES[settings.objective], rows)
+    problem = Problem(facts, path, path.start(), settings, range(model.n_layers) if layers is None else layers)
     score = METHODS[settings.method](problem)
     gap = path.end[:, None] - problem.start - score.sum(-1)
     target_prob = batch.value(clean.logits, logprob).exp()

@@ -73,7 +73,7 @@ def make_batch(facts: Sequence[TokenisedFact], device: torch.device, scope: str 
     return Batch(ids, mask, start, prompts.shape[1] - start, target, weight, shared if shared >= LEAST_SHARED else 0)
 
 
-def shared_tokens(prompts: Sequence[Sequence[int]]) -> int:
+def shared_tokens(prompts: Sequence[tuple[int, ...]]) -> int:
     """How many first tokens several prompts have in common; 0 for a single one, which shares nothing.
 
     >>> shared_tokens([(5, 6, 7), (5, 6, 8)]), shared_tokens([(5, 6)])

@@ -1,5 +1,7 @@
 """The engine against plain hooks, once per model: what it does not reproduce is refused by name."""
 
+from itertools import cycle, islice
+from math import inf, isnan
 from weakref import WeakSet
 
 import torch
@@ -7,7 +9,7 @@ from einops import repeat
 from jaxtyping import Float
 from torch import Tensor
 
-from workbench.engine.batch import make_batch
+from workbench.engine.batch import LEAST_SHARED, make_batch
 from workbench.engine.clean import run_clean
 from workbench.engine.queries import run_queries
 from workbench.facts import TokenisedFact
@@ -34,36 +36,22 @@ def check_engine(model: HookedModel) -> None:
         return
     kind = f"{model.name} ({type(model.hf).__name__})"
     ids = [int(i) for i in probe_ids(model.hf)[0]]
-    facts = [TokenisedFact("long", tuple(ids[:4]), tuple(ids[4:6])), TokenisedFact("short", tuple(ids[1:3]), (ids[6],))]
-    batch = make_batch(facts, model.device)
-    layers = sorted({0, model.n_layers // 2, model.n_layers - 1})
-    try:
-        clean = run_clean(model, batch, "node")
-        points = {layer: (0.5 * clean.activation[layer])[:, None].requires_grad_() for layer in layers}
-        values = run_queries(model, clean, "node", points, logprob)
-        gradients = torch.autograd.grad(values.sum(), list(points.values()))
-        again = torch.tensor([1, 0, 0], device=model.device)
-        some = run_queries(model, clean.of(again), "node", {n: p.detach()[again] for n, p in points.items()}, logprob)
-    except (RuntimeError, TypeError, IndexError, KeyError, AttributeError) as error:
-        raise ValueError(f"{kind}: the attribution engine cannot run this architecture ({error}).") from error
-    values = values.detach()
-    allowed = ENGINE_TOLERANCE[model.dtype] * float(values.abs().max())
-    if not float((some - values[again]).abs().max()) <= allowed:
-        raise ValueError(f"{kind}: the attribution engine cannot take some facts of a batch, so it is not supported.")
-    _check_own_masks(model, facts[0])
-    scale = max(float(gradient.abs().max()) for gradient in gradients)
-    for column, layer in enumerate(layers):
-        for row, fact in enumerate(facts):
-            value, gradient = _hooked_gradient(model, fact, layer)
-            gap = max(
-                abs(float(values[row, column]) - value) / max(1.0, abs(value)),
-                float((gradients[column][row, 0] - gradient).abs().max()) / max(scale, 1e-12),
+    beginning = tuple(islice(cycle(ids), LEAST_SHARED))  # so that what is run once for all is compared as well
+    facts = [
+        TokenisedFact("long", (*beginning, *ids[:4]), tuple(ids[4:6])),
+        TokenisedFact("short", (*beginning, *ids[1:3]), (ids[6],)),
+    ]
+    for unit, scope in (("node", "last"), ("neuron", "all")):
+        try:
+            gap, layer = _largest_gap(model, facts, unit, scope)
+        except (RuntimeError, TypeError, IndexError, KeyError, AttributeError) as error:
+            raise ValueError(f"{kind}: the attribution engine cannot run this architecture ({error}).") from error
+        if not gap <= ENGINE_TOLERANCE[model.dtype]:
+            raise ValueError(
+                f"{kind}: the attribution engine and plain hooks differ by {gap:.1e} at layer {layer}, "
+                "so this architecture is not supported."
             )
-            if not gap <= ENGINE_TOLERANCE[model.dtype]:
-                raise ValueError(
-                    f"{kind}: the attribution engine and plain hooks differ by {gap:.1e} at layer {layer}, "
-                    "so this architecture is not supported."
-                )
+    _check_own_masks(model, facts[0])
     _CHECKED.add(model)
 
 
@@ -89,18 +77,48 @@ def _check_own_masks(model: HookedModel, fact: TokenisedFact) -> None:
         )
 
 
-def _hooked_gradient(model: HookedModel, fact: TokenisedFact, layer: int) -> tuple[float, Float[Tensor, "1 width"]]:
-    """Objective and gradient with the node activation of one layer halved, by a plain hook on an unpadded text."""
-    batch = make_batch([fact], model.device)
+def _largest_gap(model: HookedModel, facts: list[TokenisedFact], unit: str, scope: str) -> tuple[float, int]:
+    """By how much the engine and plain hooks differ at most, and in which layer; NaN counts as most.
+
+    Compared are values and gradients, and the values of some facts of the batch with those of all.
+    """
+    batch = make_batch(facts, model.device, scope)
+    layers = sorted({0, model.n_layers // 2, model.n_layers - 1})
+    clean = run_clean(model, batch, unit)
+    points = {layer: (0.5 * clean.activation[layer])[:, None].requires_grad_() for layer in layers}
+    values = run_queries(model, clean, unit, points, logprob)
+    gradients = torch.autograd.grad(values.sum(), list(points.values()))
+    again = torch.tensor([1, 0, 0], device=model.device)
+    some = run_queries(model, clean.of(again), unit, {n: p.detach()[again] for n, p in points.items()}, logprob)
+    values = values.detach()
+    gaps = [(float((some - values[again]).abs().max() / values.abs().max()), layers[0])]
+    scale = max(max(float(gradient.abs().max()) for gradient in gradients), 1e-12)
+    for column, layer in enumerate(layers):
+        for row, fact in enumerate(facts):
+            value, gradient = _hooked_gradient(model, fact, unit, scope, layer)
+            ours = gradients[column][row, 0, -len(gradient) :]
+            gaps += [
+                (abs(float(values[row, column]) - value) / max(1.0, abs(value)), layer),
+                (float((ours - gradient).abs().max()) / scale, layer),
+            ]
+    return max(gaps, key=lambda pair: inf if isnan(pair[0]) else pair[0])
+
+
+def _hooked_gradient(
+    model: HookedModel, fact: TokenisedFact, unit: str, scope: str, layer: int
+) -> tuple[float, Float[Tensor, "moved width"]]:
+    """Objective and gradient with the moved activations of one layer halved, by a plain hook on an unpadded text."""
+    batch = make_batch([fact], model.device, scope)
+    moved = slice(batch.start, batch.start + batch.moved)
     leaf: list[Tensor] = []
 
     def halve(value: Tensor) -> Tensor:
-        leaf.append((0.5 * value[:, batch.start]).detach().requires_grad_())
+        leaf.append((0.5 * value[:, moved]).detach().requires_grad_())
         value = value.clone()
-        value[:, batch.start] = leaf[0]
+        value[:, moved] = leaf[0]
         return value
 
-    with model.patched("node", {layer: halve}):
-        logits = model.hf(**model.inputs(batch.ids), use_cache=False).logits[:, batch.start :]
+    with model.patched(unit, {layer: halve}):
+        logits = model.hf(**model.inputs(batch.ids), use_cache=False).logits[:, -batch.read :]
     value = logprob(logits, batch.target).sum()
-    return float(value.detach()), torch.autograd.grad(value, leaf)[0]
+    return float(value.detach()), torch.autograd.grad(value, leaf)[0][0]

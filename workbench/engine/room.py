@@ -16,20 +16,25 @@ TOKENS_PER_PASS = 8192
 
 @dataclass(frozen=True)
 class Room:
-    """Token rows of queries in one pass, and the most facts that are prepared together, whatever is asked."""
+    """Token rows of queries in one pass, and the most facts that are prepared together, whatever is asked.
+
+    `whole` is the rows where the logits of all of them are held, because the model scales or caps them.
+    """
 
     rows: int
     most: int = 2**31
+    whole: int = 2**31
 
     def smaller(self, n_facts: int) -> "Room | None":
         """What to go on with when memory ran out over `n_facts` facts: half as many, or half the rows; None is the end.
 
         >>> Room(1024).smaller(8), Room(1024, 4).smaller(1), Room(1, 1).smaller(1)
-        (Room(rows=1024, most=4), Room(rows=512, most=1), None)
+        (Room(rows=1024, most=4, whole=1024), Room(rows=512, most=1, whole=512), None)
         """
+        rows, whole = self.rows, min(self.rows, self.whole)
         if n_facts > 1:
-            return Room(self.rows, n_facts // 2)
-        return Room(self.rows // 2, 1) if self.rows > 1 else None
+            return Room(rows, n_facts // 2, whole)
+        return Room(rows // 2, 1, max(1, whole // 2)) if rows > 1 else None
 
     def facts(self, n_tokens: int, whole_prompt: bool = False) -> int:
         """How many facts of `n_tokens` tokens to prepare together; each query holds one token, or the whole prompt.
@@ -53,13 +58,14 @@ def room_for(model: HookedModel, memory: float | None = None) -> Room:
         raise ValueError(f"memory must be a positive number of GiB, not {memory}.")
     budget = free_memory(model.device) / 2 if memory is None else memory * 2**30
     row = model.n_layers * (10 * model.d_model + 5 * model.d_mlp) * model.dtype.itemsize
+    logits = 4 * 4 * model.d_vocab  # whole logits in float32, what is made of them, and their gradients
     rows = min(ROWS_PER_PASS, int(budget // row))
     if rows < 1:
         raise ValueError(
             f"A pass of {model.name} takes at least {row / 2**30:.2f} GiB, more than the {budget / 2**30:.2f} GiB at "
             "hand: give more with memory=, or open the model with dtype='bfloat16'."
         )
-    return Room(rows)
+    return Room(rows, whole=max(1, min(rows, int(budget // (row + logits)))))
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -1,6 +1,6 @@
 """Opening models and looking into them: the only door to transformer-lens and to transformers' loading."""
 
-from workbench.models.devices import free_memory
+from workbench.models.devices import free_memory, peak_memory
 from workbench.models.hooked import HookedModel, Patch, Unit, check_unit, forward_through, pad_batch, projection_widths
 from workbench.models.loading import load_model, own_tokenizer
 from workbench.models.promises import probe_ids
@@ -19,6 +19,7 @@ __all__ = [
     "load_model",
     "own_tokenizer",
     "pad_batch",
+    "peak_memory",
     "probe_ids",
     "projection_widths",
 ]

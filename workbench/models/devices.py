@@ -1,5 +1,7 @@
 """Where and in which numbers a model computes, and how much memory is free there: all that knows about devices."""
 
+from pathlib import Path
+
 import psutil
 import torch
 
@@ -48,3 +50,18 @@ def pick_dtype(
     if not isinstance(picked, torch.dtype) or not picked.is_floating_point:
         raise ValueError(f"{dtype!r} is no floating dtype; use 'auto', 'float32', 'bfloat16' or 'float16'")
     return picked
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes that this process has held at most, or the CUDA device for it; None where the system does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage on Linux also counts what ran in this process before
+        line = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM:")), None)
+        return None if line is None else int(line.split()[1]) * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
