@@ -315,7 +315,7 @@ def test_the_commands_equal_the_package(tmp_path, monkeypatch, capsys) -> None:
         pd.testing.assert_frame_equal(pd.read_parquet(table), read(model, facts), check_dtype=False)
     other = ["--attribution", str(save_result(attributed.assign_attrs(model_digest="n"), tmp_path / "b.zarr"))]
     assert call(monkeypatch, "trace", *given, *other) == 1
-    assert "b.zarr is not an attribution of" in capsys.readouterr().err
+    assert "made with another model" in capsys.readouterr().err
     table = tmp_path / "t.csv"
     assert call(monkeypatch, "trace", *given, "--draws", "1", "--limit", "1", "--out", str(table)) == 0
     assert pd.read_csv(table)["n"].eq(1).all()
@@ -326,7 +326,6 @@ def test_the_commands_equal_the_package(tmp_path, monkeypatch, capsys) -> None:
     [
         (["trace", "--out", "t.xlsx"], "--out must end in .zarr, .csv or .parquet"),
         (["trace", "--site", "head"], "site must be one of"),
-        (["trace", "--limit", "0"], "--limit must be at least 1"),
         (["trace", "--attribution", "nowhere.zarr"], "nowhere.zarr"),
         (["lens", "--out", "t.zarr"], "--out must end in .csv or .parquet"),
     ],

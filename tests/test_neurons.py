@@ -427,3 +427,26 @@ def test_the_command_equals_the_package(tmp_path, monkeypatch, capsys) -> None:
     pd.testing.assert_frame_equal(pd.read_parquet(table), read, rtol=1e-3, atol=1e-5)
     assert call(monkeypatch, "neurons", "--effects-out", table) == 1
     assert "needs --effect" in capsys.readouterr().err
+
+
+def test_the_command_erases_and_edits(tmp_path, monkeypatch, capsys) -> None:
+    """The tables of `--effect erase` and `--edit` are those of the package, and what cannot be edited is a sentence."""
+    folder, facts, table = saved(tmp_path / "model"), FACTS[:5].save(tmp_path / "facts.jsonl"), tmp_path / "e.parquet"
+    common = ("--model", folder, "--facts", facts, "-q", "--method", "grad_x_act", "--effects-out", table)
+    model = wb.load_model(folder)
+    found = knowledge_neurons(model, FACTS[:5], method="grad_x_act", progress=False)
+    assert call(monkeypatch, "neurons", *common, "--effect", "erase") == 0
+    pd.testing.assert_frame_equal(pd.read_parquet(table), measure_erase(model, FACTS[:5], found), rtol=1e-4)
+    fact, new = FACTS[0], FACTS[1].answer
+    assert call(monkeypatch, "neurons", *common, "--edit", fact.id, "--to", new) == 0
+    own = found[found["fact"] == fact.id]
+    others = FACTS[:5].filter(where=lambda one: one.id != fact.id)
+    pd.testing.assert_frame_equal(pd.read_parquet(table), measure_edit(model, fact, own, new, others=others), rtol=1e-4)
+    capsys.readouterr()
+    for rest, sentence in (
+        (["--edit", "nobody", "--to", new], "no fact 'nobody'"),
+        (["--edit", fact.id], "belong together"),
+        (["--edit", fact.id, "--to", fact.answer], "begin with the same token"),
+    ):
+        assert call(monkeypatch, "neurons", *common, *rest) == 1
+        assert sentence in capsys.readouterr().err

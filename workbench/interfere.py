@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from workbench.facts import FactSet
 from workbench.models import HookedModel
-from workbench.results import validate_interference
+from workbench.results import check_made_with, validate_interference
 
 Scores = Float[np.ndarray, "fact unit"]
 Matrix = Float[np.ndarray, "fact other"]
@@ -92,8 +92,8 @@ def interference(
     ids = [str(i) for i in attribution["fact"].values]
     if len(ids) < 2:
         raise ValueError(f"Interference needs at least 2 facts; the attribution has {len(ids)}.")
-    if model is not None and model.digest != attribution.attrs["model_digest"]:
-        raise ValueError(f"The attribution was made with another model than {model.name}; attribute this model first.")
+    if model is not None:
+        check_made_with(attribution, model.digest, model.name)
     relation = {fact.id: fact.relation for fact in facts.filter(ids=ids)}
     relations = np.array([relation[i] for i in ids])
     pairs = np.triu(np.ones((len(ids), len(ids)), dtype=bool), 1)

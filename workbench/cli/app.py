@@ -20,6 +20,8 @@ Out = Annotated[Path | None, Parameter(help="where to write the result")]
 Chat = Annotated[bool, Parameter(name="--chat", negative="", help="ask through the chat template, as LoKI does")]
 Seed = Annotated[int, Parameter(help="seed of everything that is drawn", validator=Number(gte=0))]
 Count = Annotated[int | None, Parameter(validator=Number(gte=1))]
+Draws = Annotated[int, Parameter(validator=Number(gte=1))]
+KnownOnly = Annotated[bool, Parameter(help="only the facts that the model answers")]
 Quiet = Annotated[bool, Parameter(name=["--quiet", "-q"], negative="", help="no progress bars")]
 FORMATS = ("auto", "native", "csv", "lre", "pararel", "counterfact", "counterfact-new", "mmlu", "mmlu-loki")
 
@@ -58,3 +60,31 @@ def known_among(model: Any, facts: Any, quiet: bool) -> Any:
     if not known:
         raise ValueError(f"The model knows none of the {len(facts)} facts of {facts.name}; leave --known-only out.")
     return facts.filter(ids=known)
+
+
+def model_and_facts(
+    model: str,
+    facts: str,
+    *,
+    format: str = "auto",
+    chat: bool = False,
+    known_only: bool = False,
+    sample: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    quiet: bool = False,
+) -> tuple[Any, Any]:
+    """The model, and the facts to ask it: through its chat template, those it knows, so many drawn by seed, if wished.
+
+    Facts are read before the model is opened, so that what is wrong with them shows at once.
+    """
+    from workbench.facts import load_facts
+
+    chosen = load_facts(facts, format=format)
+    from workbench.models import load_model
+
+    opened = load_model(model, device=device, dtype=dtype)
+    chosen = chosen.as_chat(opened.tokenizer) if chat else chosen
+    chosen = known_among(opened, chosen, quiet) if known_only else chosen
+    return opened, chosen if sample is None else chosen.sample(min(sample, len(chosen)), seed)

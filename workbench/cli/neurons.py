@@ -4,11 +4,26 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 
-from workbench.cli.app import FORMATS, Facts, Model, Out, Quiet, Seed, app, check_table, known_among, show, write_table
+from workbench.cli.app import (
+    FORMATS,
+    Chat,
+    Draws,
+    Facts,
+    KnownOnly,
+    Model,
+    Out,
+    Quiet,
+    Seed,
+    app,
+    check_table,
+    model_and_facts,
+    show,
+    write_table,
+)
 
-KnownOnly = Annotated[bool, Parameter(help="only the facts that the model answers")]
-Sample = Annotated[int | None, Parameter(help="only so many of the facts, drawn by --seed")]
+Sample = Annotated[int | None, Parameter(help="only so many of the facts, drawn by --seed", validator=Number(gte=1))]
 
 
 @app.command(name="neurons")
@@ -17,6 +32,7 @@ def neurons_command(
     facts: Facts = "world",
     model: Model = "smollm2-135m",
     format: Literal[FORMATS] = "auto",  # type: ignore[valid-type]
+    chat: Chat = False,
     known_only: KnownOnly = False,
     sample: Sample = None,
     method: Annotated[str | None, Parameter(help="attribution method (default kn, the paper's, else ig)")] = None,
@@ -25,9 +41,16 @@ def neurons_command(
     share: Annotated[float, Parameter(help="share of a fact's prompts that must agree on a unit")] = 0.7,
     adaptive: Annotated[bool, Parameter(help="adapt --share until a fact has 2 to 5 units on average")] = True,
     effect: Annotated[
-        Literal["none", "suppress", "enhance"], Parameter(help="also silence or double the units of each fact and read")
+        Literal["none", "suppress", "enhance", "erase"],
+        Parameter(help="also silence or double the units of each fact, or erase all their value vectors, and read"),
     ] = "none",
-    controls: Annotated[int, Parameter(help="sets of random units, matched on activation, beside each fact's")] = 3,
+    edit: Annotated[
+        str | None, Parameter(help="id of a fact: make its neurons write the answer --to, and read")
+    ] = None,
+    to: Annotated[str | None, Parameter(help="the new answer of --edit")] = None,
+    controls: Annotated[
+        int, Parameter(help="sets of random units, matched on activation, beside each fact's", validator=Number(gte=0))
+    ] = 3,
     selection: Annotated[Path | None, Parameter(help="JSON file of all units, for `workbench suppress`")] = None,
     effects_out: Annotated[Path | None, Parameter(help="table of the effects, fact by fact (.csv or .parquet)")] = None,
     out: Out = None,
@@ -39,14 +62,23 @@ def neurons_command(
     """Find the neurons on which the prompts of each fact agree (Knowledge Neurons), and what they do.
 
     --out keeps the table of neurons (.csv or .parquet), --effects-out what happens to a fact, its relation and other
-    facts when its neurons are silenced (--effect suppress) or doubled (--effect enhance).
+    facts when its neurons are silenced (--effect suppress) or doubled (--effect enhance), or what is left when the
+    value vectors of all are zeroed (--effect erase). `--edit ID --to ANSWER` makes the neurons of one fact write
+    another answer; efficacy is how often it is then given. Afterwards the model is as it was.
     """
     check_table(out)
     check_table(effects_out)
-    if effects_out is not None and effect == "none":
-        raise ValueError("--effects-out needs --effect suppress or --effect enhance.")
-    opened, chosen = _opened(facts, format, model, device, dtype, known_only, sample, seed, quiet)
-    from workbench.neurons import effect_means, effects, knowledge_neurons, selection_of
+    if effects_out is not None and effect == "none" and edit is None:
+        raise ValueError("--effects-out needs --effect or --edit.")
+    if (edit is None) != (to is None):
+        raise ValueError("--edit, the id of a fact, and --to, its new answer, belong together.")
+    if effect != "none" and edit is not None:
+        raise ValueError("--effect and --edit are two tests; start one after the other.")
+    asked: dict[str, Any] = {"format": format, "chat": chat, "known_only": known_only, "sample": sample, "seed": seed}
+    opened, chosen = model_and_facts(model, facts, **asked, device=device, dtype=dtype, quiet=quiet)
+    if edit is not None and edit not in chosen.ids:
+        raise ValueError(f"There is no fact {edit!r} among the {len(chosen)} of {chosen.name}; --edit takes an id.")
+    from workbench.neurons import knowledge_neurons, selection_of
 
     settings: dict[str, Any] = {"threshold": threshold, "share": share, "adaptive": adaptive, "method": method}
     found = knowledge_neurons(opened, chosen, unit=unit, progress=not quiet, **settings)
@@ -60,10 +92,40 @@ def neurons_command(
         return
     if selection is not None:
         print(selection_of(opened, found).save(selection))
-    if effect != "none":
-        frame = effects(opened, chosen, found, action=effect, controls=controls, seed=seed, progress=not quiet)
-        show(effect_means(frame))
-        write_table(frame, effects_out)
+    if effect == "none" and edit is None:
+        return
+    if edit is not None:
+        table, frame = _edited(opened, chosen, found, edit, str(to), seed)
+    else:
+        table, frame = _effect(opened, chosen, found, effect, controls, seed, quiet)
+    show(table)
+    write_table(frame, effects_out)
+
+
+def _effect(model: Any, facts: Any, found: Any, effect: str, controls: int, seed: int, quiet: bool) -> tuple[Any, Any]:
+    """What happens without the neurons that were found: a table to show, and fact by fact."""
+    from workbench.neurons import effect_means, effects, measure_erase
+    from workbench.suppression import means
+
+    if effect == "erase":
+        frame = measure_erase(model, facts, found)
+        return means(frame, seed=seed), frame
+    frame = effects(model, facts, found, action=effect, controls=controls, seed=seed, progress=not quiet)
+    return effect_means(frame), frame
+
+
+def _edited(model: Any, facts: Any, found: Any, fact: str, answer: str, seed: int) -> tuple[Any, Any]:
+    """What happens when the neurons of one fact write another answer: a table to show, and prompt by prompt."""
+    from workbench.neurons import measure_edit
+    from workbench.suppression import means
+
+    own = found[found["fact"] == fact]
+    if own.empty:
+        raise ValueError(f"The prompts of fact {fact!r} agree on no neuron, so there is none to edit; lower --share.")
+    (edited,) = facts.filter(ids=[fact])
+    others = facts.filter(where=lambda one: one.id != fact) if len(facts) > 1 else None
+    frame = measure_edit(model, edited, own, answer, others=others)
+    return means(frame, seed=seed), frame
 
 
 @app.command(name="suppress")
@@ -73,6 +135,7 @@ def suppress_command(
     facts: Facts = "world",
     model: Model = "smollm2-135m",
     format: Literal[FORMATS] = "auto",  # type: ignore[valid-type]
+    chat: Chat = False,
     known_only: KnownOnly = False,
     sample: Sample = None,
     unit: Annotated[Literal["node", "neuron"] | None, Parameter(help="what a bare position file lists")] = None,
@@ -81,7 +144,7 @@ def suppress_command(
     quota: Annotated[
         list[float] | None, Parameter(negative="", help="of an attribution: percent of the units (default 0.5 1 5)")
     ] = None,
-    draws: Annotated[int, Parameter(help="of an attribution: how often random units are drawn")] = 3,
+    draws: Annotated[Draws, Parameter(help="of an attribution: how often random units are drawn")] = 3,
     overlap: Annotated[
         Literal["refuse", "drop", "read"], Parameter(help="of an attribution: what to do with facts that it has seen")
     ] = "refuse",
@@ -102,7 +165,8 @@ def suppress_command(
     read = _source(source, unit)
     if not isinstance(read, list | dict) and scope == "last":
         raise ValueError("--scope last works with a selection; an attribution is tested on all positions.")
-    opened, chosen = _opened(facts, format, model, device, dtype, known_only, sample, seed, quiet)
+    asked: dict[str, Any] = {"format": format, "chat": chat, "known_only": known_only, "sample": sample, "seed": seed}
+    opened, chosen = model_and_facts(model, facts, **asked, device=device, dtype=dtype, quiet=quiet)
     from workbench.facts import general_text
 
     general = general_text() if max_tokens and scope == "all" else None
@@ -141,32 +205,6 @@ def _in_short(frame: Any) -> Any:
         if metric in by_metric:
             short[metric] = by_metric[metric]["after"]
     return short.reset_index()
-
-
-def _opened(
-    facts: str,
-    format: str,
-    model: str,
-    device: str,
-    dtype: str,
-    known_only: bool,
-    sample: int | None,
-    seed: int,
-    quiet: bool,
-) -> tuple[Any, Any]:
-    """The model, and the facts that are asked: drawn by seed, of those that the model knows if so wished."""
-    from workbench.facts import load_facts
-
-    chosen = load_facts(facts, format=format)
-    if sample is not None and not known_only:
-        chosen = chosen.sample(sample, seed)
-    from workbench.models import load_model
-
-    opened = load_model(model, device=device, dtype=dtype)
-    if known_only:
-        chosen = known_among(opened, chosen, quiet)
-        chosen = chosen if sample is None else chosen.sample(min(sample, len(chosen)), seed)
-    return opened, chosen
 
 
 def _source(source: Path, unit: str | None) -> Any:

@@ -4,23 +4,26 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 
 from workbench.cli.app import (
     FORMATS,
+    Chat,
     Count,
     Facts,
+    KnownOnly,
     Model,
     Out,
     Quiet,
     Seed,
     app,
     check_table,
-    known_among,
+    model_and_facts,
     show,
     write_table,
 )
 
-KnownOnly = Annotated[bool, Parameter(help="only the facts that the model answers")]
+Limit = Annotated[int | None, Parameter(help="at most so many facts, drawn with --seed", validator=Number(gte=1))]
 
 
 @app.command(name="trace")
@@ -30,10 +33,11 @@ def trace_command(
     facts: Facts = "world",
     model: Model = "smollm2-135m",
     format: Literal[FORMATS] = "auto",  # type: ignore[valid-type]
-    limit: Annotated[int | None, Parameter(help="at most so many facts, drawn with --seed")] = None,
+    chat: Chat = False,
+    limit: Limit = None,
     site: Annotated[str, Parameter(help="what is restored: resid, mlp or attn")] = "resid",
     noise: Annotated[float, Parameter(help="in standard deviations of the subjects' embeddings")] = 3.0,
-    draws: Annotated[int, Parameter(help="draws of the noise for every fact")] = 10,
+    draws: Annotated[int, Parameter(help="draws of the noise for every fact", validator=Number(gte=1))] = 10,
     window: Annotated[int | None, Parameter(help="layers restored at once; the default depends on the site")] = None,
     seed: Seed = 0,
     missing: Annotated[str, Parameter(help="facts without their subject in the prompt: error or skip")] = "error",
@@ -47,22 +51,18 @@ def trace_command(
     quiet: Quiet = False,
 ) -> None:
     """Corrupt every fact's subject and restore one layer and token at a time: where does the answer come back?"""
-    from workbench.facts import load_facts
-    from workbench.results import open_result, save_result
+    from workbench.results import check_made_with, open_result, save_result
 
-    chosen = load_facts(facts, format=format)
-    _check_limit(limit)
     _check_out(out)
     scores = None if attribution is None else open_result(attribution)
-    from workbench.models import load_model
     from workbench.tracing import agreement, by_role, checked_settings, trace
 
     size = "auto" if batch_size is None else batch_size
     checked_settings(1, site, noise, draws, window, seed, size, missing)
-    opened = load_model(model, device=device, dtype=dtype)
-    if scores is not None and scores.attrs.get("model_digest") != opened.digest:
-        raise ValueError(f"{attribution} is not an attribution of {model}; attribute this model first.")
-    chosen = _chosen(opened, chosen, known_only, limit, seed, quiet)
+    asked: dict[str, Any] = {"format": format, "chat": chat, "known_only": known_only, "sample": limit, "seed": seed}
+    opened, chosen = model_and_facts(model, facts, **asked, device=device, dtype=dtype, quiet=quiet)
+    if scores is not None:
+        check_made_with(scores, opened.digest, opened.name)
     result = trace(
         opened,
         chosen,
@@ -95,7 +95,8 @@ def lens_command(
     facts: Facts = "world",
     model: Model = "smollm2-135m",
     format: Literal[FORMATS] = "auto",  # type: ignore[valid-type]
-    limit: Annotated[int | None, Parameter(help="at most so many facts, drawn with --seed")] = None,
+    chat: Chat = False,
+    limit: Limit = None,
     seed: Seed = 0,
     direct: Annotated[bool, Parameter(help="what each module adds to the answer's logit, instead of the lens")] = False,
     out: Out = None,
@@ -105,25 +106,15 @@ def lens_command(
     quiet: Quiet = False,
 ) -> None:
     """Read the answer off the residual stream after every layer; --out keeps the table of every fact."""
-    from workbench.facts import load_facts
-
-    chosen = load_facts(facts, format=format)
-    _check_limit(limit)
     check_table(out)
-    from workbench.models import load_model
     from workbench.tracing import direct_by_layer, direct_logit_attribution, lens_by_layer, logit_lens
 
-    opened = load_model(model, device=device, dtype=dtype)
-    chosen = _chosen(opened, chosen, known_only, limit, seed, quiet)
+    asked: dict[str, Any] = {"format": format, "chat": chat, "known_only": known_only, "sample": limit, "seed": seed}
+    opened, chosen = model_and_facts(model, facts, **asked, device=device, dtype=dtype, quiet=quiet)
     read, summarise = (direct_logit_attribution, direct_by_layer) if direct else (logit_lens, lens_by_layer)
     frame = read(opened, chosen, progress=not quiet)
     show(summarise(frame))
     write_table(frame, out)
-
-
-def _check_limit(limit: int | None) -> None:
-    if limit is not None and limit < 1:
-        raise ValueError(f"--limit must be at least 1, not {limit}.")
 
 
 def _check_out(out: Path | None) -> None:
@@ -136,9 +127,3 @@ def _check_out(out: Path | None) -> None:
         check_replaceable(out, kind="trace")
     elif out.suffix not in (".csv", ".parquet"):
         raise ValueError(f"--out must end in .zarr, .csv or .parquet, not {out.name!r}.")
-
-
-def _chosen(model: Any, facts: Any, known_only: bool, limit: int | None, seed: int, quiet: bool) -> Any:
-    """The facts that are asked for: those the model answers, at most `limit` of them."""
-    facts = known_among(model, facts, quiet) if known_only else facts
-    return facts if limit is None or limit >= len(facts) else facts.sample(limit, seed=seed)

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from workbench.attribution import FIXED, attribute
 from workbench.facts import FactSet
 from workbench.models import HookedModel, check_unit
+from workbench.results import check_made_with
 from workbench.selection import Selection
 
 FACTS_AT_ONCE = 16
@@ -204,8 +205,7 @@ def _prompts(facts: FactSet) -> dict[str, list[str]]:
 
 def _check_prompts(model: HookedModel, facts: FactSet, attribution: xr.Dataset, unit: str) -> None:
     """Refuse an attribution of another model or without the prompts of these facts."""
-    if attribution.attrs.get("model_digest", model.digest) != model.digest:
-        raise ValueError(f"The attribution was made with another model than {model.name}; attribute this model first.")
+    check_made_with(attribution, model.digest, model.name)
     if attribution.attrs["unit"] != unit:
         raise ValueError(f"The attribution is of {attribution.attrs['unit']}s, not of {unit}s; say so with unit=.")
     missing = sorted(set(facts.per_prompt().ids) - {str(one) for one in attribution["fact"].values})

@@ -4,12 +4,13 @@ from workbench.results.files import digest_of, load_frame, load_json, save_frame
 from workbench.results.hdf5 import export_hdf5, import_hdf5
 from workbench.results.labelled import open_result, save_result
 from workbench.results.run import RunDir, provenance
-from workbench.results.schema import validate_attribution, validate_interference, validate_trace
+from workbench.results.schema import check_made_with, validate_attribution, validate_interference, validate_trace
 from workbench.results.store import AttributionStore, open_store, unwritten
 
 __all__ = [
     "AttributionStore",
     "RunDir",
+    "check_made_with",
     "digest_of",
     "export_hdf5",
     "import_hdf5",

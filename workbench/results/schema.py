@@ -1,11 +1,14 @@
 """What a labelled result must look like, as tables; and the check that says in one sentence what is wrong."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
 import xarray as xr
+
+log = logging.getLogger(__name__)
 
 FACTS_AT_ONCE = 64  # while checking a stored result for finite numbers
 
@@ -179,3 +182,15 @@ def _check_finite(array: xr.DataArray, what: str) -> None:
         if len(bad):
             label = block[first].values[bad[0][0]] if first in block.coords else start + bad[0][0]
             raise ValueError(f"{what} has a `{array.name}` at {first} {label} that is not finite: compute it again.")
+
+
+def check_made_with(result: xr.Dataset, digest: str, name: str) -> None:
+    """Raise `ValueError` where a result was made with other weights than those of the model `name` with this digest.
+
+    A result that does not say what it was made with, as one read from LoKI's HDF5, is taken on trust and a warning.
+    """
+    made = result.attrs.get("model_digest", "unknown")
+    if made == "unknown":
+        log.warning("the scores do not say which model they are of; taken as those of %s", name)
+    elif made != digest:
+        raise ValueError(f"The scores were made with another model than {name}; attribute this model first.")

@@ -11,6 +11,7 @@ import xarray as xr
 
 from workbench.facts import FactSet
 from workbench.models import HookedModel
+from workbench.results import check_made_with
 from workbench.selection import Selection, select
 from workbench.suppression.reading import compare, means, scaled
 
@@ -95,8 +96,7 @@ def suppression_curve(
     if isinstance(general, str):
         raise ValueError("general is one text; give a list of passages.")
     _check_choices(groups, strategies, quotas, scores, seeds)
-    if attribution.attrs.get("model_digest", model.digest) != model.digest:
-        raise ValueError(f"The attribution was made with another model than {model.name}; attribute this model first.")
+    check_made_with(attribution, model.digest, model.name)
     tokens = model.tokenise(held_out(facts, attribution, overlap))
     points = choices(attribution, quotas, groups, scores, strategies, seeds)
     different = list(dict.fromkeys(point.selection for point in points))
