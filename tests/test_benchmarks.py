@@ -2,12 +2,16 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from tiny import FACTS, tiny
+
+import workbench as wb
 
 HOME = Path(__file__).parent.parent
 pytest.importorskip("captum", reason="the benchmark compares with Captum: install the extra [bench]")
@@ -109,3 +113,44 @@ def test_scores_that_are_not_real_are_refused(bench: ModuleType, value: float) -
     with pytest.raises(RuntimeError, match="broken gave scores that are zero or not finite"):
         bench.check(way, torch.full((2, 3), value))
     bench.check(way, torch.ones(2, 3))
+
+
+@pytest.fixture
+def growth(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(HOME / "benchmarks"))
+    spec = importlib.util.spec_from_file_location("benchmark_growth", HOME / "benchmarks" / "growth.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "benchmark_growth", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_growth_varies_one_quantity_at_a_time(growth: ModuleType, tmp_path: Path) -> None:
+    found = json.loads(growth.main(["--smoke", "--out", str(tmp_path)]).read_text(encoding="utf-8"))
+    rows = {(row["quantity"], row["value"]): row for row in found["rows"]}
+    assert set(rows) == {(name, value) for name, values in growth.SMOKE.items() for value in values}
+    assert all(row["median"] == row["seconds"][0] > 0 for row in rows.values())
+    assert rows["facts", 3]["n_facts"] == 3
+    assert set(found["exponents"]) == set(growth.SMOKE)
+    assert "| layers | 2 |" in (tmp_path / "growth.md").read_text(encoding="utf-8")
+
+
+def test_the_points_are_what_they_say_and_a_cut_model_is_the_first_layers(growth, bench, tmp_path: Path) -> None:
+    model = wb.load_model(str(bench.tiny_model(tmp_path / "tiny")))
+    points = {(p.quantity, p.value): p for p in growth.points(model, growth.SMOKE, 2)}
+    lengths = {len(tokens.prompt_ids) for tokens in model.tokenise(points["tokens", 40].facts)}
+    assert lengths == {40}
+    assert points["layers", 1].model.n_layers == 1
+    assert points["steps", 4].steps == 4
+    ids = torch.tensor([model.tokenise(points["steps", 4].facts)[0].prompt_ids])
+    last = torch.tensor([ids.shape[1] - 1])
+    whole, cut = (m.resid_post(ids, None, last) for m in (model, points["layers", 1].model))
+    torch.testing.assert_close(cut, whole[:1])
+
+
+def test_exponents_equal_a_fit_of_another_library(growth: ModuleType) -> None:
+    times = [0.5, 1.3, 2.2, 9.0]
+    rows = [{"quantity": "q", "value": v, "median": t} for v, t in zip((1, 2, 4, 8), times, strict=True)]
+    slope = np.polyfit(np.log([1, 2, 4, 8]), np.log(times), 1)[0]
+    assert growth.exponents(rows)["q"] == pytest.approx(slope, abs=1e-3)
+    assert growth.exponents(rows[::-1])["q"] == pytest.approx(slope, abs=1e-3)

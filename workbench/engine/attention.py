@@ -69,7 +69,8 @@ def attend(
     blocks = rearrange(attention_mask[:, 0, :, prefix:], "b (n t) (m s) -> b n m t s", t=tail, s=tail)
     own_mask = rearrange(blocks.diagonal(dim1=1, dim2=2), "b t s n -> b (n t) s")
     mask = torch.cat([attention_mask[:, 0, :, :prefix], own_mask], -1)
-    weight = (scores + mask[:, None, None]).softmax(-1, dtype=torch.float32).to(query.dtype)
+    exact = torch.promote_types(query.dtype, torch.float32)  # of float64 the mask's lowest number is no float32
+    weight = (scores + mask[:, None, None]).softmax(-1, dtype=exact).to(query.dtype)
     seen = rearrange(weight[..., :prefix], "b k g r p -> b k (g r) p") @ value[:, :, :prefix]
     own_weight = rearrange(weight[..., prefix:], "b k g (n t) s -> b k g n t s", t=tail)
     own_seen = own_weight * own_value if tail == 1 else own_weight @ own_value
