@@ -19,7 +19,8 @@ import pandas as pd
 
 import workbench as wb
 from workbench.figures import quota_curves
-from workbench.reporting import forgetting_summary, publish
+from workbench.intervals import means
+from workbench.reporting import publish
 from workbench.results import load_frame, load_json, provenance
 
 HERE = Path(__file__).resolve().parent.parent
@@ -61,7 +62,7 @@ def one_run(sweep: Sweep, quota: float, seed: int, like: Path | None) -> pd.Data
         "training.seed": seed,
     }
     run = wb.run(wb.Config.read(changes=changes))
-    frame = forgetting_summary(load_frame(run.file("forgetting.parquet")))
+    frame = means(load_frame(run.file("forgetting.parquet")))
     training = {method: load_json(run.file(f"implant/{method}/training.json")) for method in METHODS}
     columns = {
         name: frame["method"].map({method: one[name] for method, one in training.items()})

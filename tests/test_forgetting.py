@@ -4,7 +4,8 @@ import pytest
 import torch
 from tiny import FACTS, random_model, tiny, tokenizer
 
-from workbench.forgetting import measure_forgetting, summary
+from workbench.forgetting import measure_forgetting
+from workbench.intervals import means
 from workbench.models import load_model
 from workbench.recollection import recall, text_chunks
 
@@ -42,10 +43,10 @@ def test_numbers_equal_plain_transformers() -> None:
         p, q = (out.logits[0, :-1].log_softmax(-1) for out in (old, new))
         assert general.loc[("kl", label), "after"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
         assert general.loc[("nll", label), "weight"] == len(chunk) - 1
-    means = summary(frame).set_index("metric")
+    read = means(frame).set_index("metric")
     nll = general.loc["nll"]
-    assert means.loc["nll", "after"] == pytest.approx((nll["after"] * nll["weight"]).sum() / nll["weight"].sum())
-    assert means.loc["accuracy", "n"] == len(FACTS)
+    assert read.loc["nll", "after"] == pytest.approx((nll["after"] * nll["weight"]).sum() / nll["weight"].sum())
+    assert read.loc["accuracy", "n"] == len(FACTS)
 
 
 def test_empty_suites_are_refused_by_name() -> None:

@@ -16,6 +16,7 @@ from tiny import FACTS, random_model, saved, tiny, tokenizer
 import workbench as wb
 from workbench import cli
 from workbench.facts import FactSet
+from workbench.intervals import means
 from workbench.models import load_model
 from workbench.neurons import (
     edit,
@@ -29,7 +30,7 @@ from workbench.neurons import (
 )
 from workbench.neurons.effects import matched_units, mean_activation
 from workbench.neurons.finding import adapted_share
-from workbench.suppression import means, suppress
+from workbench.suppression import suppress
 
 TEXT = ["one two three four five six seven eight red blue green sky"]
 

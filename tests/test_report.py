@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.run_folder import NASTY, fabricate_forgetting, fabricate_run
+from workbench import intervals
 from workbench.reporting import findings, publish, report, tables
 from workbench.reporting.page import safe_json
 from workbench.reporting.publishing import find_browser
@@ -52,39 +53,39 @@ def page(run) -> str:
 def test_wilson_against_the_roots_of_its_equation():
     """The ends p of the interval solve (share - p)^2 = z^2 p (1 - p) / n."""
     for hits, total in ((8, 10), (0, 12), (30, 30), (231, 640)):
-        for end in tables.wilson(hits, total):
-            assert (hits / total - end) ** 2 == pytest.approx(tables.Z95**2 * end * (1 - end) / total, abs=1e-9)
-    assert tables.wilson(231, 640) == pytest.approx((0.3247, 0.3988), abs=2e-4)
-    assert tables.wilson(0, 0) == (0.0, 1.0)
+        for end in intervals.wilson(hits, total):
+            assert (hits / total - end) ** 2 == pytest.approx(intervals.Z95**2 * end * (1 - end) / total, abs=1e-9)
+    assert intervals.wilson(231, 640) == pytest.approx((0.3247, 0.3988), abs=2e-4)
+    assert intervals.wilson(0, 0) == (0.0, 1.0)
     wald = 0.8 - 1.96 * math.sqrt(0.8 * 0.2 / 10)
-    assert tables.wilson(8, 10)[0] != pytest.approx(wald, abs=0.02)  # the control: the textbook interval differs
+    assert intervals.wilson(8, 10)[0] != pytest.approx(wald, abs=0.02)  # the control: the textbook interval differs
 
 
 def test_bootstrap_against_the_normal_approximation():
     values = np.random.default_rng(1).normal(2.0, 3.0, size=(400, 2))
-    low, high = tables.interval(values)
+    low, high = intervals.interval(values)
     half = 1.96 * values.std(axis=0) / math.sqrt(400)
     np.testing.assert_allclose(low, values.mean(axis=0) - half, atol=0.05)
     np.testing.assert_allclose(high, values.mean(axis=0) + half, atol=0.05)
-    again = tables.interval(values)
+    again = intervals.interval(values)
     np.testing.assert_array_equal(low, again[0])
-    assert not np.array_equal(low, tables.interval(values, seed=1)[0])
+    assert not np.array_equal(low, intervals.interval(values, seed=1)[0])
 
 
 def test_bootstrap_against_a_loop_over_draws():
     values, weights = np.array([[1.0], [2.0], [6.0]]), np.array([1.0, 2.0, 1.0])
-    counts = np.random.default_rng(0).multinomial(3, [1 / 3] * 3, size=tables.DRAWS)
+    counts = np.random.default_rng(0).multinomial(3, [1 / 3] * 3, size=intervals.DRAWS)
     slow = [sum(c * w * v[0] for c, w, v in zip(row, weights, values, strict=True)) / (row @ weights) for row in counts]
-    np.testing.assert_allclose(tables.bootstrap(values, weights)[:, 0], slow)
+    np.testing.assert_allclose(intervals.bootstrap(values, weights)[:, 0], slow)
 
 
 def test_pairing_narrows_the_interval_of_a_difference():
     rng = np.random.default_rng(2)
     shared = rng.normal(size=300)
     one, two = shared + rng.normal(scale=0.1, size=300), shared + rng.normal(scale=0.1, size=300)
-    (low,), (high,) = tables.interval(one - two)
-    alone = tables.interval(one)[1] - tables.interval(one)[0]
-    assert high - low < 0.3 * alone[0]
+    low, high = intervals.interval(one - two)
+    alone = intervals.interval(one)[1] - intervals.interval(one)[0]
+    assert high - low < 0.3 * alone
 
 
 def general(nll, weight, change):
@@ -93,13 +94,13 @@ def general(nll, weight, change):
 
 
 def test_perplexity_by_hand():
-    summary = tables.forgetting_summary(general([1.0, 2.0], [30, 10], 0.5)).set_index("metric")
+    summary = intervals.means(general([1.0, 2.0], [30, 10], 0.5)).set_index("metric")
     assert summary.loc["perplexity", "before"] == pytest.approx(math.exp((30 * 1 + 10 * 2) / 40))
     assert summary.loc["perplexity", "after"] == pytest.approx(math.exp(1.75))
     assert summary.loc["perplexity", "before"] != pytest.approx((math.exp(1) + math.exp(2)) / 2)  # not a mean of both
-    same = tables.forgetting_summary(general([1.0, 2.0], [30, 10], 0.0)).set_index("metric")
+    same = intervals.means(general([1.0, 2.0], [30, 10], 0.0)).set_index("metric")
     assert tuple(same.loc["perplexity", ["change", "low", "high"]]) == (0.0, 0.0, 0.0)
-    destroyed = tables.forgetting_summary(general([1.0, 2.0], [1, 1], 900.0)).set_index("metric").loc[["perplexity"]]
+    destroyed = intervals.means(general([1.0, 2.0], [1, 1], 900.0)).set_index("metric").loc[["perplexity"]]
     assert destroyed["low"].iloc[0] > 1e300
     assert "e+304" in findings.about_perplexity(destroyed.reset_index())[0]
 
@@ -215,7 +216,7 @@ def test_unequal_efficacy_is_said_and_equal_efficacy_is_not():
                 accuracy("efficacy", loki=[1] * 10, lora=second).assign(before=0.0),
             ]
         )
-        return " ".join(findings.about_keeping(tables.forgetting_summary(rows), rows))
+        return " ".join(findings.about_keeping(intervals.means(rows), rows))
 
     assert "does not compare at equal efficacy" in told([1] * 6 + [0] * 4)
     assert "does not compare" not in told([1] * 10)

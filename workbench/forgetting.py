@@ -72,20 +72,6 @@ def measure_forgetting(
     return result[columns if isinstance(after, Mapping) else columns[1:]]
 
 
-def summary(frame: pd.DataFrame) -> pd.DataFrame:
-    """Weighted means per suite and metric: (method,) suite, metric, n, before, after, change.
-
-    The exponential of `nll` is the perplexity.
-    """
-    keys = [name for name in ("method", "suite", "metric") if name in frame]
-    rows = []
-    for key, group in frame.groupby(keys, sort=False):
-        weight = group["weight"] / group["weight"].sum()
-        means = {name: float((group[name] * weight).sum()) for name in ("before", "after", "change")}
-        rows.append({**dict(zip(keys, key, strict=True)), "n": len(group), **means})
-    return pd.DataFrame(rows)
-
-
 def _read_facts(model: HookedModel, facts: FactSet) -> pd.DataFrame:
     """Accuracy and log-probability of every fact: metric, fact, weight, value."""
     tokens = model.tokenise(facts)

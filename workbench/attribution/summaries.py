@@ -7,6 +7,7 @@ import pandas as pd
 import xarray as xr
 
 from workbench.facts import FactSet
+from workbench.intervals import interval
 
 
 def by_layer(attribution: xr.Dataset, *, draws: int = 1000, seed: int = 0) -> pd.DataFrame:
@@ -16,12 +17,10 @@ def by_layer(attribution: xr.Dataset, *, draws: int = 1000, seed: int = 0) -> pd
     """
     per_fact = np.stack([np.abs(attribution["score"][i].values).mean(-1) for i in range(attribution.sizes["fact"])])
     relations = attribution["relation"].values
-    generator = np.random.default_rng(seed)
     frames = []
     for relation in ["all", *sorted(set(relations))]:
         values = per_fact if relation == "all" else per_fact[relations == relation]
-        drawn = values[generator.integers(len(values), size=(draws, len(values)))].mean(1)
-        low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
+        low, high = interval(values, draws=draws, seed=seed)
         columns = {"layer": attribution["layer"].values, "relation": relation, "mean_abs": values.mean(0)}
         frames.append(pd.DataFrame({**columns, "low": low, "high": high, "n": len(values)}))
     return pd.concat(frames, ignore_index=True)

@@ -36,9 +36,10 @@ def forgetting_command(
     from workbench.facts import general_text, load_facts
 
     suites: dict[str, Any] = {"facts": load_facts(facts), "general": general_text()}
-    from workbench.forgetting import measure_forgetting, summary
+    from workbench.forgetting import measure_forgetting
+    from workbench.intervals import means
 
     check_table(out)
     frame = measure_forgetting(before, after, suites, max_tokens=max_tokens, progress=not quiet)
-    show(summary(frame))
+    show(means(frame))
     write_table(frame, out)

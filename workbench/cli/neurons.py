@@ -104,8 +104,8 @@ def neurons_command(
 
 def _effect(model: Any, facts: Any, found: Any, effect: str, controls: int, seed: int, quiet: bool) -> tuple[Any, Any]:
     """What happens without the neurons that were found: a table to show, and fact by fact."""
+    from workbench.intervals import means
     from workbench.neurons import effect_means, effects, measure_erase
-    from workbench.suppression import means
 
     if effect == "erase":
         frame = measure_erase(model, facts, found)
@@ -116,8 +116,8 @@ def _effect(model: Any, facts: Any, found: Any, effect: str, controls: int, seed
 
 def _edited(model: Any, facts: Any, found: Any, fact: str, answer: str, seed: int) -> tuple[Any, Any]:
     """What happens when the neurons of one fact write another answer: a table to show, and prompt by prompt."""
+    from workbench.intervals import means
     from workbench.neurons import measure_edit
-    from workbench.suppression import means
 
     own = found[found["fact"] == fact]
     if own.empty:
@@ -172,7 +172,8 @@ def suppress_command(
     general = general_text() if max_tokens and scope == "all" else None
     options: dict[str, Any] = {"factor": factor, "general": general, "max_tokens": max_tokens, "progress": not quiet}
     if isinstance(read, list | dict):
-        from workbench.suppression import means, suppress
+        from workbench.intervals import means
+        from workbench.suppression import suppress
 
         picked = _selection(read, source, unit, opened)
         frame = suppress(opened, picked, chosen, scope=scope, **options)

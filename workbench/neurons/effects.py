@@ -10,10 +10,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from workbench.facts import Fact, FactSet, TokenisedFact
+from workbench.intervals import means
 from workbench.models import HookedModel
 from workbench.neurons.finding import selection_of
 from workbench.selection import Selection
-from workbench.suppression import compare, means, scaled
+from workbench.suppression import compare, scaled
 
 FACTORS = {"suppress": 0.0, "enhance": 2.0}
 
@@ -112,7 +113,7 @@ def effect_means(frame: pd.DataFrame, *, draws: int = 2000, seed: int = 0) -> pd
             paired = pd.DataFrame({"suite": group, "metric": units, "weight": 1.0, "before": before, "after": after})
             rows.append(means(paired, draws=draws, seed=seed))
     found = pd.concat(rows, ignore_index=True).rename(columns={"suite": "group", "metric": "units"})
-    return found[["group", "units", "n", "change", "low", "high", "draws", "seed"]]
+    return found.assign(draws=draws, seed=seed)[["group", "units", "n", "change", "low", "high", "draws", "seed"]]
 
 
 def matched_units(

@@ -2,6 +2,5 @@
 
 from workbench.reporting.page import report
 from workbench.reporting.publishing import publish
-from workbench.reporting.tables import forgetting_summary
 
-__all__ = ["forgetting_summary", "publish", "report"]
+__all__ = ["publish", "report"]

@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 
 from workbench.figures import method_name
-from workbench.reporting.tables import kept, paired_difference, wilson
+from workbench.intervals import wilson
+from workbench.reporting.tables import kept, paired_difference
 from workbench.reporting.words import listed, number, percent, tenth
 
 UNEQUAL = 0.05  # efficacies that lie further apart than this are said to differ

@@ -9,6 +9,7 @@ import pandas as pd
 
 from workbench import figures
 from workbench.attribution import by_layer, strongest
+from workbench.intervals import DRAWS, SEED, means
 from workbench.reporting import findings, tables
 from workbench.reporting.artefacts import Artefacts, has
 from workbench.reporting.words import number
@@ -78,7 +79,7 @@ def _known(run: Artefacts) -> Section:
 
 
 def _scores(run: Artefacts) -> Section:
-    table, unit = by_layer(run.attribution, draws=tables.DRAWS, seed=tables.SEED), _score_unit(run)
+    table, unit = by_layer(run.attribution, draws=DRAWS, seed=SEED), _score_unit(run)
     gap = run.attribution["gap"].values if "gap" in run.attribution else None
     text = findings.about_scores(table, gap, unit)
     relations = list(table["relation"].unique())
@@ -181,7 +182,7 @@ def _drift(run: Artefacts) -> Section:
 
 
 def _forgetting(run: Artefacts) -> Section:
-    summary = tables.forgetting_summary(run.forgetting)
+    summary = means(run.forgetting)
     right, panels = summary[summary["metric"] == "accuracy"], list[Panel]()
     keeping, text = findings.about_keeping(summary, run.forgetting), findings.about_perplexity(summary)
     main = [line for line in keeping if findings.SUITE_WORDS["neighbourhood"] not in line]
@@ -208,7 +209,7 @@ def _forgetting(run: Artefacts) -> Section:
         panels.append(Panel("facts", "Each retained fact, before and after", drawn[0], changed, picker))
     about = (
         "Every number compares a trained model with the base model on the same questions. Bars are 95% intervals of a "
-        f"paired bootstrap ({tables.DRAWS} draws, seed {tables.SEED})."
+        f"paired bootstrap ({DRAWS} draws, seed {SEED})."
     )
     return Section(
         "",

@@ -6,46 +6,8 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from workbench.intervals import interval, wilson
 from workbench.selection import Selection
-
-DRAWS = 2000
-SEED = 0
-Z95 = 1.959963984540054
-LARGEST = 700.0  # nats per token whose exponential is still a finite number; a destroyed model can lie above
-
-
-def wilson(successes: int, total: int) -> tuple[float, float]:
-    """Return the 95% interval of a share (Wilson 1927); of nothing at all it is 0 to 1.
-
-    >>> [round(end, 3) for end in wilson(8, 10)]
-    [0.49, 0.943]
-    """
-    if total == 0:
-        return 0.0, 1.0
-    share, z2 = successes / total, Z95**2
-    centre = (share + z2 / (2 * total)) / (1 + z2 / total)
-    half = Z95 / (1 + z2 / total) * np.sqrt(share * (1 - share) / total + z2 / (4 * total**2))
-    return float(max(0.0, centre - half)), float(min(1.0, centre + half))
-
-
-def bootstrap(values: np.ndarray, weights: np.ndarray | None = None, *, seed: int = SEED) -> np.ndarray:
-    """Return `DRAWS` resampled (weighted) means of each column of `values`, facts (rows) drawn with replacement.
-
-    All columns share the drawn facts, so differences of columns are paired. Shape (draws, columns).
-    """
-    n = len(values)
-    columns = np.asarray(values, dtype=np.float64).reshape(n, -1)
-    heavy = np.ones(n) if weights is None else np.asarray(weights, dtype=np.float64)
-    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=DRAWS).astype(np.float64)
-    return (counts @ (columns * heavy[:, None])) / (counts @ heavy)[:, None]
-
-
-def interval(
-    values: np.ndarray, weights: np.ndarray | None = None, *, seed: int = SEED
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the 95% percentile bootstrap interval of each column's mean over facts (rows)."""
-    low, high = np.percentile(bootstrap(values, weights, seed=seed), [2.5, 97.5], axis=0)
-    return low, high
 
 
 def recall_by_relation(recall: pd.DataFrame) -> pd.DataFrame:
@@ -136,26 +98,6 @@ def drift_summary(drift: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 
-def forgetting_summary(forgetting: pd.DataFrame) -> pd.DataFrame:
-    """Return per method, suite and metric the (weighted) mean before, after, the change and its interval.
-
-    From the general suite's nll (nats per token) comes one more metric, `perplexity` = exp(sum nll w / sum w).
-    """
-    records = []
-    for (method, suite, metric), rows in forgetting.groupby(["method", "suite", "metric"], sort=False):
-        columns, weights = rows[["before", "after"]].to_numpy(np.float64), rows["weight"].to_numpy(np.float64)
-        before, after = np.average(columns, axis=0, weights=weights)
-        drawn = bootstrap(columns, weights)
-        forms = [(metric, before, after, drawn)]
-        if suite == "general" and metric == "nll":
-            forms.append(("perplexity", *(np.exp(np.minimum(value, LARGEST)) for value in (before, after, drawn))))
-        for name, first, last, draws in forms:
-            low, high = np.percentile(draws[:, 1] - draws[:, 0], [2.5, 97.5])
-            records.append((method, suite, name, len(rows), first, last, last - first, low, high))
-    names = ["method", "suite", "metric", "n", "before", "after", "change", "low", "high"]
-    return pd.DataFrame(records, columns=names)
-
-
 def kept(forgetting: pd.DataFrame) -> pd.DataFrame:
     """Return per method the share of retained facts, right before, that are still right, with Wilson intervals."""
     records = []
@@ -182,7 +124,7 @@ def paired_difference(forgetting: pd.DataFrame, suite: str, first: str, second: 
         return None
     change = (wide[first] - wide[second]).to_numpy()
     low, high = interval(change)
-    return {"n": len(change), "difference": float(change.mean()), "low": float(low[0]), "high": float(high[0])}
+    return {"n": len(change), "difference": float(change.mean()), "low": float(low), "high": float(high)}
 
 
 def _accuracy(forgetting: pd.DataFrame, suite: str) -> pd.DataFrame:

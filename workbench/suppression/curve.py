@@ -10,10 +10,11 @@ import pandas as pd
 import xarray as xr
 
 from workbench.facts import FactSet
+from workbench.intervals import means
 from workbench.models import HookedModel
 from workbench.results import check_made_with
 from workbench.selection import Selection, select
-from workbench.suppression.reading import compare, means, scaled
+from workbench.suppression.reading import compare, scaled
 
 #: (strategy, group) -> the strategy of `select` that chooses the units.
 GROUPS = {
@@ -133,7 +134,7 @@ def _numbers(
     place: dict[str, str | float], drawn: int | None, n_units: int, frame: pd.DataFrame, draws: int, seed: int
 ) -> pd.DataFrame:
     """Means with intervals of one choice of units."""
-    numbers = means(frame, draws=draws, seed=seed).rename(columns={"seed": "bootstrap_seed"})
+    numbers = means(frame, draws=draws, seed=seed).assign(draws=draws, bootstrap_seed=seed)
     labels = place | {"seed": pd.NA if drawn is None else drawn, "n_units": n_units}
     return pd.DataFrame({**labels, **dict(numbers)}).astype({"seed": "Int64"})
 

@@ -9,7 +9,6 @@ from functools import partial
 from math import isfinite
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
@@ -25,7 +24,6 @@ from workbench.selection import Selection
 #: How a model is changed inside a `with`, while facts whose answers have so many tokens are read (0: running text).
 Intervention = Callable[[int], AbstractContextManager[None]]
 
-LARGEST = 700.0  # nats per token whose exponential is still a finite number; a destroyed model can lie above
 COLUMNS = ["suite", "metric", "fact", "weight", "before", "after", "change"]
 
 
@@ -206,35 +204,3 @@ def _read_text(
             {"metric": "nll", "weight": weight, "before": before, "after": nll},
             {"metric": "kl", "weight": weight, "before": 0.0, "after": float(kl(old, new).mean())},
         ]
-
-
-def means(frame: pd.DataFrame, *, draws: int = 2000, seed: int = 0) -> pd.DataFrame:
-    """Weighted means per suite and metric, with paired bootstrap 95% intervals of the change.
-
-    Facts (or pieces of text) are drawn with replacement, before and after together; `low` and `high` are percentiles
-    of the change over `draws` draws by `seed`. From `nll` comes one more metric, `perplexity` =
-    exp(sum(weight nll) / sum(weight)). Columns: suite, metric, n, before, after, change, low, high, draws, seed.
-
-    >>> frame = pd.DataFrame({"suite": "facts", "metric": "accuracy", "fact": ["a", "b"], "weight": 1.0,
-    ...                       "before": [1.0, 1.0], "after": [0.0, 1.0]})
-    >>> means(frame)[["n", "before", "after", "change", "low", "high"]].values.tolist()
-    [[2.0, 1.0, 0.5, -0.5, -1.0, 0.0]]
-    """
-    if draws < 1:
-        raise ValueError(f"A bootstrap needs at least one draw, not {draws}.")
-    records = []
-    for (suite, metric), rows in frame.groupby(["suite", "metric"], sort=False):
-        values = rows[["before", "after"]].to_numpy(np.float64)
-        weight = rows["weight"].to_numpy(np.float64)
-        n = len(rows)
-        counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws) * weight
-        drawn = np.vstack([np.average(values, axis=0, weights=weight), counts @ values / counts.sum(1, keepdims=True)])
-        forms = {metric: drawn}
-        if metric == "nll":
-            forms["perplexity"] = np.exp(np.minimum(drawn, LARGEST))
-        for name, both in forms.items():
-            change = both[:, 1] - both[:, 0]
-            low, high = np.percentile(change[1:], [2.5, 97.5])
-            records.append((suite, name, n, *both[0], change[0], low, high, draws, seed))
-    names = ["suite", "metric", "n", "before", "after", "change", "low", "high", "draws", "seed"]
-    return pd.DataFrame(records, columns=names)

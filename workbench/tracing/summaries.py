@@ -7,20 +7,8 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Float
 
+from workbench.intervals import interval
 from workbench.tracing.spans import ROLES
-
-
-def bootstrap(
-    values: Float[np.ndarray, "fact *rest"], draws: int = 1000, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean over facts and the ends of its 95% bootstrap interval.
-
-    >>> [end.tolist() for end in bootstrap(np.full((3, 1), 2.0))]
-    [[2.0], [2.0], [2.0]]
-    """
-    picked = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
-    low, high = np.quantile(values[picked].mean(1), [0.025, 0.975], axis=0)
-    return np.asarray(values.mean(0)), np.asarray(low), np.asarray(high)
 
 
 def by_role(result: xr.Dataset, *, value: str = "effect", draws: int = 1000, seed: int = 0) -> pd.DataFrame:
@@ -34,8 +22,14 @@ def by_role(result: xr.Dataset, *, value: str = "effect", draws: int = 1000, see
         values = result[value].sel(role=role).values.astype(np.float64)
         values = values[~np.isnan(values).any(1)]
         if len(values):
-            mean, low, high = bootstrap(values, draws, seed)
-            columns = {"layer": result["layer"].values, "role": role, "effect": mean, "low": low, "high": high}
+            low, high = interval(values, draws=draws, seed=seed)
+            columns = {
+                "layer": result["layer"].values,
+                "role": role,
+                "effect": values.mean(0),
+                "low": low,
+                "high": high,
+            }
             frames.append(pd.DataFrame({**columns, "n": len(values)}))
     return pd.concat(frames, ignore_index=True)
 
@@ -43,9 +37,10 @@ def by_role(result: xr.Dataset, *, value: str = "effect", draws: int = 1000, see
 def lens_by_layer(frame: pd.DataFrame, *, draws: int = 1000, seed: int = 0) -> pd.DataFrame:
     """A logit lens over facts: layer, logprob (mean), low, high (95% bootstrap), top1 (share at rank 0), n (facts)."""
     table = frame.pivot(index="fact", columns="layer", values="logprob")
-    mean, low, high = bootstrap(table.to_numpy(), draws, seed)
+    low, high = interval(table.to_numpy(), draws=draws, seed=seed)
     top1 = frame.assign(first=frame["rank"] == 0).groupby("layer")["first"].mean()
-    columns = {"layer": table.columns, "logprob": mean, "low": low, "high": high, "top1": top1.to_numpy()}
+    columns = {"layer": table.columns, "logprob": table.mean().to_numpy(), "low": low, "high": high}
+    columns["top1"] = top1.to_numpy()
     return pd.DataFrame({**columns, "n": len(table)})
 
 
@@ -53,9 +48,9 @@ def direct_by_layer(frame: pd.DataFrame, *, draws: int = 1000, seed: int = 0) ->
     """Direct logit attribution over facts: component, layer, logit (mean), low, high (95% bootstrap), n (facts)."""
     frames = []
     for (component, layer), rows in frame.groupby(["component", "layer"], dropna=False, sort=False):
-        mean, low, high = bootstrap(rows["logit"].to_numpy(), draws, seed)
-        row = {"component": component, "layer": layer, "logit": float(mean), "low": float(low), "high": float(high)}
-        frames.append({**row, "n": len(rows)})
+        low, high = interval(rows["logit"].to_numpy(), draws=draws, seed=seed)
+        ends = {"low": float(low), "high": float(high)}
+        frames.append({"component": component, "layer": layer, "logit": rows["logit"].mean(), **ends, "n": len(rows)})
     return pd.DataFrame(frames).astype({"layer": "Int64"})
 
 
@@ -167,10 +162,11 @@ def _agreement_of(
     rows = [{"fact": i, "rho": r, **_against(r, own), "n": 1} for i, r, own in zip(ids, rho, null.T, strict=True)]
     varied = ~np.isnan(rho)
     if varied.any():
-        mean, low, high = bootstrap(rho[varied], len(shuffles), seed)
+        mean = float(rho[varied].mean())
+        low, high = interval(rho[varied], draws=len(shuffles), seed=seed)
         ends = {"low": float(low), "high": float(high)}
-        together = _against(float(mean), null[:, varied].mean(1))
-        rows.append({"fact": "all", "rho": float(mean), **ends, **together, "n": int(varied.sum())})
+        together = _against(mean, null[:, varied].mean(1))
+        rows.append({"fact": "all", "rho": mean, **ends, **together, "n": int(varied.sum())})
     return pd.DataFrame(rows, columns=["fact", "rho", "low", "high", "null_low", "null_high", "p_value", "n"])
 
 
