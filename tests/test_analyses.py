@@ -212,3 +212,36 @@ def test_attribution_sweep_refers_to_ablation_where_there_is_one(tmp_path: Path)
     assert sweep.reference_of(found).place == "node/ig-8/capital"
     exact = sweep.Cell("node", "ablation", 1, "capital")
     assert sweep.reference_of([*found, exact]) == exact
+
+
+def test_method_comparison_searches_trains_with_every_seed_and_keeps_its_trials(tmp_path: Path, capsys) -> None:
+    comparison = script("method_comparison")
+    facts = FACTS.save(tmp_path / "facts.jsonl")
+    options = ["--smoke", "--all-facts", "--model", str(saved(tmp_path / "model")), "--retained", str(facts)]
+    options += ["--quota", "30", "--out", str(tmp_path / "runs"), "--figures", str(tmp_path / "figures")]
+    page = comparison.main(options)
+    assert page == tmp_path / "figures" / "method_comparison.html"
+    frame = pd.read_csv(page.with_suffix(".csv"))
+    assert set(frame["method"]) == {"loki_magnitude", "loki_interference", "lora", "ia3"}
+    assert {"retained", "tuning", "general", "paraphrase"} <= set(frame["suite"])
+    trials = pd.read_parquet(tmp_path / "runs" / "trials.parquet")
+    assert trials.groupby("method").size().to_dict() == {
+        "loki_magnitude": 3, "loki_interference": 3, "lora": 3, "ia3": 1,
+    }  # fmt: skip
+    assert trials.groupby("method")["chosen"].sum().tolist() == [1, 2, 2, 2]  # two seeds at the chosen rate
+    rate = trials.query("chosen").groupby("method")["learning_rate"].unique()
+    numbers = frame.drop_duplicates("method").set_index("method")
+    assert all(rate[name].tolist() == [numbers.loc[name, "learning_rate"]] for name in rate.index)
+    one = trials.query("chosen and method == 'lora'")
+    readings = [
+        pd.read_parquet(tmp_path / "runs" / "trials" / f"lora-{row.factor:g}-{row.seed}" / "forgetting.parquet")
+        for row in one.itertuples()
+    ]
+    kl = pd.concat(readings).query("metric == 'kl'")
+    mean = (kl["after"] * kl["weight"]).sum() / kl["weight"].sum()
+    assert frame.query("method == 'lora' and metric == 'kl'")["after"].item() == pytest.approx(mean)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("trial.json")}
+    comparison.main(options)  # nothing is trained again
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("trial.json")} == before
+    assert str(tmp_path / "runs") not in page.with_suffix(".json").read_text(encoding="utf-8")
+    capsys.readouterr()
