@@ -19,6 +19,7 @@ HOME = Path(workbench.__file__).parent
 LAYERS: dict[str, int] = {
     "config": 0,  # what a run is told; no torch
     "facts": 0,  # Fact, FactSet: read, check, split, tokenise
+    "intervals": 0,  # means with intervals: the bootstrap, shares
     "results": 0,  # labelled results and run folders; the only door to zarr
     "metrics": 1,  # logits to one number per fact
     "models": 1,  # HookedModel, the default model; the only door to transformer-lens and to loading
@@ -39,6 +40,7 @@ LAYERS: dict[str, int] = {
     "neurons": 5,  # knowledge neurons: find, suppress, erase, edit
     "planning": 5,  # what an attribution will take, before it starts
     "reporting": 5,  # the page, published figures; the only door to jinja2
+    "finetuning": 6,  # a person's own fine-tune, with a card
     "pipeline": 6,  # the straight way, resumable
     "cli": 7,  # the command
 }

@@ -19,6 +19,8 @@ COMMANDS = [
     "recall",
     "attribute",
     "select",
+    "stability",
+    "agreement",
     "neurons",
     "suppress",
     "drift",

@@ -22,6 +22,7 @@ from workbench.loki import (
     LokiLayer,
     adapter_config,
     down_projections,
+    folding,
     sites,
     trainable_parameters,
 )
@@ -85,6 +86,23 @@ def plain(model):
 
 def same_bits(left, right):
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+@pytest.fixture
+def copied(monkeypatch):
+    """Make the layers add their delta to a copy of the weight for any input, and count how often they do."""
+    calls = []
+    monkeypatch.setattr(folding, "COPY_IN_TOKENS", 0)
+    project = folding.Folded.apply
+    monkeypatch.setattr(folding.Folded, "apply", lambda *inputs: calls.append(1) or project(*inputs))
+    return calls
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if "low_rank" not in name])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_conformance_with_a_copy_of_the_weight(family, variant, tmp_path, copied):
+    test_conformance(family, variant, tmp_path)
+    assert copied
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -151,6 +169,59 @@ def test_gradient_equals_the_dense_gradient_on_the_rows(family, unit):
             assert torch.allclose(layer.loki_bias["default"].grad, module.bias.grad[rows], atol=1e-6)
 
 
+@pytest.mark.parametrize("unit", ["node", "neuron"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
+def test_gradient_with_a_copy_equals_the_dense_gradient(family, unit, copied):
+    test_gradient_equals_the_dense_gradient_on_the_rows(family, unit)
+    assert copied
+
+
+@pytest.mark.parametrize("unit", ["node", "neuron"])
+def test_both_ways_to_project_agree_to_the_second_derivative(unit, copied, monkeypatch):
+    layer = get_peft_model(tiny("opt"), LokiConfig(selection=ROWS, unit=unit)).get_submodule(
+        "base_model.model.model.decoder.layers.1.fc2"
+    )
+    torch.nn.init.normal_(layer.loki_delta["default"])
+    weights = [layer.loki_delta["default"], *layer.loki_bias.values()]
+    x = torch.randn(2, 5, 24, requires_grad=True)
+    found = []
+    for tokens in (0, 10**9):
+        monkeypatch.setattr(folding, "COPY_IN_TOKENS", tokens)
+        y = layer(x)
+        grads = torch.autograd.grad((y**3).sum(), [x, *weights], create_graph=True)
+        found.append([y, *grads, *torch.autograd.grad(sum((g**2).sum() for g in grads), [x, *weights])])
+    assert len(copied) == 1
+    assert all(torch.allclose(one, other, rtol=1e-3, atol=1e-3) for one, other in zip(*found, strict=True))
+    assert all(one.abs().max() > 0.1 for one in found[0])
+
+
+def test_when_a_copy_is_made(copied, monkeypatch):
+    layer = get_peft_model(tiny(), LokiConfig(selection=ROWS)).base_model.model.model.layers[1].mlp.down_proj
+
+    def made(call, *, x=None):
+        copied.clear()
+        call(torch.randn(3, 24) if x is None else x)
+        return bool(copied)
+
+    assert made(layer)
+    monkeypatch.setattr(folding, "COPY_IN_TOKENS", 1)  # 4 of 16 rows are trained: from 4 tokens on
+    assert not made(layer)
+    assert made(layer, x=torch.randn(4, 24))
+    monkeypatch.setattr(folding, "COPY_IN_TOKENS", 0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not made(layer)
+    handle = layer.base_layer.register_forward_hook(lambda *_: None)
+    assert not made(layer)  # whoever watches the base layer sees it called
+    handle.remove()
+    layer.base_layer.weight.requires_grad_(True)
+    assert not made(layer)  # its own gradient is wanted
+    layer.base_layer.weight.requires_grad_(False)
+    layer.base_layer.to(torch.bfloat16)
+    assert not made(layer, x=torch.randn(3, 24, dtype=torch.bfloat16))  # a sum in bfloat16 would lose the delta
+    layer.base_layer.to(torch.float32)
+    assert made(layer)
+
+
 def test_masking_gradients_instead_moves_frozen_rows():
     model = tiny().requires_grad_(False)
     weight = model.model.layers[0].mlp.down_proj.weight.requires_grad_(True)
@@ -187,16 +258,18 @@ def test_layer_equals_a_dense_projection(data):
     assert not delta.index_select(0 if axis == "row" else 1, torch.tensor(outside, dtype=torch.int64)).any()
 
 
+@pytest.mark.parametrize("tokens", [0, 32])
 @pytest.mark.parametrize("unit", ["node", "neuron"])
-def test_nothing_but_the_input_is_kept_for_the_backward_pass(unit):
+def test_nothing_but_the_input_is_kept_for_the_backward_pass(unit, tokens, monkeypatch):
+    monkeypatch.setattr(folding, "COPY_IN_TOKENS", tokens)
     layer = get_peft_model(tiny(), LokiConfig(selection=ROWS, unit=unit)).base_model.model.model.layers[1].mlp.down_proj
     x = torch.randn(2, 5, 24, requires_grad=True)
-    own = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *layer.buffers(), x)}
+    own = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *layer.buffers())}
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         layer(x)
-    others = [tuple(t.shape) for t in kept if t.untyped_storage().data_ptr() not in own]
-    assert others in ([], [(10, 4)]) if unit == "neuron" else others == []  # neurons keep their part of the input
+    others = [t.numel() for t in kept if t.untyped_storage().data_ptr() not in own]
+    assert others == ([2 * 5 * 24] if unit == "node" else [2 * 5 * 4])  # neurons keep their part of the input alone
 
 
 def test_several_adapters():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from workbench.results import open_store
-from workbench.selection import STRATEGIES, Selection, keep, select, strategies, votes
+from workbench.selection import READ_INTERFERENCE, STRATEGIES, Selection, keep, select, votes, voting
 
 EXAMPLES = settings(max_examples=40, deadline=None)
 VOTING = ["layer_balanced", "layer_highest", "global_lowest", "global_highest"]
@@ -111,7 +111,7 @@ def test_order_of_facts_and_chunks_change_nothing(strategy, monkeypatch):
     for seed in range(5):
         mixed = scores[np.random.default_rng(seed).permutation(7)]
         assert select(dataset(mixed), strategy=strategy, quota=40) == whole
-    monkeypatch.setattr(strategies, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(voting, "CHUNK_BYTES", 1)
     assert select(dataset(scores), strategy=strategy, quota=40) == whole
     assert select(dataset(scores * rng.normal(size=scores.shape)), strategy=strategy, quota=40) != whole
 
@@ -172,7 +172,9 @@ def test_random_over_all_layers_meets_the_quota_as_a_whole_and_is_seeded():
     assert drawn.per_layer()["n_selected"].nunique() > 1  # layers are not balanced
 
 
-@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "per_layer_budget"])
+@pytest.mark.parametrize(
+    "strategy", [name for name in STRATEGIES if name not in {"per_layer_budget", *READ_INTERFERENCE}]
+)
 def test_layers_restrict_every_strategy(strategy):
     scores = distinct(0, 4, 4, 10)
     found = select(dataset(scores), strategy=strategy, quota=30, layers=[3, 1])
@@ -250,9 +252,9 @@ def test_a_stored_result_gives_the_same_selection_and_streams(tmp_path, monkeypa
     with open_store(tmp_path / "a.zarr", **arguments) as store:
         store.write(range(30), scores, scores[..., 0], scores[:, 0, 0])
         data = store.dataset()
-    monkeypatch.setattr(strategies, "CHUNK_BYTES", 5 * 3 * 12 * 4)  # five facts at once
-    sizes = []
-    monkeypatch.setattr(strategies, "_check_finite", lambda values, *_: sizes.append(len(values)))
+    monkeypatch.setattr(voting, "CHUNK_BYTES", 5 * 3 * 12 * 4)  # five facts at once
+    sizes, counted = [], voting.votes_per_layer
+    monkeypatch.setattr(voting, "votes_per_layer", lambda chunk, k: sizes.append(len(chunk)) or counted(chunk, k))
     found = select(data, quota=25)
     assert sizes == [4] * 7 + [2]  # whole files only
     assert found == select(dataset(scores, "neuron"), quota=25)

@@ -8,10 +8,10 @@ import sys
 
 from cyclopts import CycloptsError
 
-from workbench.cli import change, exchange, knowledge, neurons, straight, tracing
+from workbench.cli import change, exchange, implant, knowledge, neurons, selecting, straight, tracing
 from workbench.cli.app import app
 
-__all__ = ["app", "change", "exchange", "knowledge", "main", "neurons", "straight", "tracing"]
+__all__ = ["app", "change", "exchange", "implant", "knowledge", "main", "neurons", "selecting", "straight", "tracing"]
 
 
 def main() -> None:

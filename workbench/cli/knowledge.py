@@ -1,4 +1,4 @@
-"""What a model knows, and where: `recall`, `attribute`, `select`."""
+"""What a model knows, and where: `recall`, `attribute`."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,13 +10,14 @@ from workbench.cli.app import (
     Chat,
     Count,
     Facts,
+    KnownOnly,
     Model,
     Out,
     Quiet,
     Seed,
     app,
     check_table,
-    known_among,
+    model_and_facts,
     show,
     write_table,
 )
@@ -35,15 +36,11 @@ def recall_command(
     quiet: Quiet = False,
 ) -> None:
     """Ask the model every fact and say which it knows, by relation; --out keeps the table (.csv or .parquet)."""
-    from workbench.facts import load_facts
-
-    chosen = load_facts(facts, format=format)
-    from workbench.models import load_model
+    check_table(out)
+    opened, chosen = model_and_facts(model, facts, format=format, chat=chat, device=device, dtype=dtype)
     from workbench.recollection import by_relation, recall
 
-    check_table(out)
-    opened = load_model(model, device=device, dtype=dtype)
-    frame = recall(opened, chosen.as_chat(opened.tokenizer) if chat else chosen, progress=not quiet)
+    frame = recall(opened, chosen, progress=not quiet)
     show(by_relation(frame))
     known = int(frame["known"].sum())
     print(f"{known} of {len(frame)} facts known ({known / len(frame):.0%})")
@@ -76,25 +73,20 @@ def attribute_command(
     memory: Annotated[float | None, Parameter(help="GiB that a pass may take; half of what is free")] = None,
     batch_size: Count = None,
     resume: bool = True,
-    known_only: Annotated[bool, Parameter(help="only the facts that the model answers")] = False,
+    known_only: KnownOnly = False,
     device: str = "auto",
     dtype: str = "auto",
     quiet: Quiet = False,
 ) -> None:
     """Score how much every FFN unit of every layer contributes to every fact."""
-    from workbench.facts import load_facts
-
-    chosen = load_facts(facts, format=format)
-    from workbench.attribution import attribute, checked_settings
-    from workbench.models import load_model
-
-    checked_settings(method, unit, steps, rule, baseline, scope, objective, target, tolerance, seed)
     if out is None and not plan:
         raise ValueError("Give --out, the folder to write to, or --plan to see what it would take.")
-    opened = load_model(model, device=device, dtype=dtype)
-    chosen = chosen.as_chat(opened.tokenizer) if chat else chosen
-    if known_only:
-        chosen = known_among(opened, chosen, quiet)
+    from workbench.attribution import attribute, checked_settings
+
+    checked_settings(method, unit, steps, rule, baseline, scope, objective, target, tolerance, seed)
+    opened, chosen = model_and_facts(
+        model, facts, format=format, chat=chat, known_only=known_only, device=device, dtype=dtype, quiet=quiet
+    )
     options: dict[str, Any] = {
         "method": method,
         "unit": unit,
@@ -118,21 +110,3 @@ def attribute_command(
         return
     ds = attribute(opened, chosen, **options, progress=not quiet)
     print(f"{ds.sizes['fact']} facts, {ds.sizes['layer']} layers, {ds.sizes['unit']} {unit}s a layer: {out}")
-
-
-@app.command(name="select")
-def select_command(
-    attribution: Annotated[Path, Parameter(help="a result of `workbench attribute`")],
-    *,
-    out: Annotated[Path, Parameter(help="position file to write: JSON, layer -> rows, as LoKI's")],
-    strategy: str = "layer_balanced",
-    quota: float = 10.0,
-    score: Literal["signed", "magnitude"] = "signed",
-    seed: Seed = 0,
-) -> None:
-    """Choose the units to be trained from an attribution."""
-    from workbench.results import open_result
-    from workbench.selection import select
-
-    chosen = select(open_result(attribution), strategy=strategy, quota=quota, score=score, seed=seed)
-    print(f"{chosen.n_selected} {chosen.unit}s in {chosen.n_layers} layers: {chosen.to_positions(out)}")

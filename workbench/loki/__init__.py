@@ -4,20 +4,39 @@ Importing this package registers the method, so that `get_peft_model`, `PeftMode
 and transformers' own `load_adapter` know it.
 """
 
-from .adapters import adapter_config, load_adapted, trainable_parameters
+from .adapters import (
+    BASELINES,
+    METHODS,
+    Dense,
+    adapter_config,
+    attach,
+    check_method,
+    expected_warnings,
+    load_adapted,
+    trainable_parameters,
+)
 from .config import LokiConfig
 from .layer import LokiLayer
+from .matching import matched, parameter_count
 from .model import LokiModel
 from .registration import register
 from .sites import down_projections
 
 __all__ = [
+    "BASELINES",
+    "METHODS",
+    "Dense",
     "LokiConfig",
     "LokiLayer",
     "LokiModel",
     "adapter_config",
+    "attach",
+    "check_method",
     "down_projections",
+    "expected_warnings",
     "load_adapted",
+    "matched",
+    "parameter_count",
     "trainable_parameters",
 ]
 

@@ -4,39 +4,134 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    KasaConfig,
+    LNTuningConfig,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    ShiraConfig,
+    get_peft_model,
+)
+from peft.tuners.lora.config import CordaConfig
 from torch import nn
 
 from .config import LokiConfig
 from .sites import down_projection_suffix
 
 _CONV1D_TYPES = ("gpt2", "gpt_bigcode")
+#: Paths of the normalisations of every family: input_layernorm, ln_1, final_layer_norm, norm, q_norm, ...
+NORMS = r"(.*\.)?(\w*norm|ln_\w+)"
+#: Starts of warnings about what is meant to be so.
+EXPECTED = (
+    "`is_gradient_checkpointing` is deprecated",  # peft asks transformers by a name that transformers has renamed
+    "(PiSSA|CorDA|OLoRA) changes the base weights",  # and is converted when it is saved
+    "Could not find a config file in",  # of a model without a folder, when it is converted
+    "The following rank_pattern keys did not match",  # AdaLoRA's, whose keys LoRA's check does not know
+    "Unsupported layer type '<class '.*(Norm|norm)",  # LN tuning trains normalisations
+    r"Adapter 'default': \d+ LoRA tensor\(s\) have invalid shape: \S+lora_B\.bias:",  # LoRA's own bias is 1-D
+    "Sparse invariant checks are implicitly disabled",  # SHiRA's sparse delta
+)
 
 
-def _loki(target_modules: Sequence[str], selection: Any, conv1d: bool, **options: Any) -> PeftConfig:
+@dataclass(frozen=True)
+class Dense:
+    """Fine-tuning of the weights themselves, without peft: all of them, or those of the modules named.
+
+    `target_modules` are suffixes of module paths; None is every weight of the model.
+    """
+
+    target_modules: tuple[str, ...] | None = None
+
+    @property
+    def peft_type(self) -> str:
+        """`"FULL"`, where a peft configuration has the name of its method."""
+        return "FULL"
+
+
+class Method(NamedTuple):
+    """What makes the configuration of a method, whether it has a rank `r`, and whether it takes GPT-2's `Conv1D`."""
+
+    make: Callable[..., PeftConfig | Dense]
+    ranked: bool = True
+    conv1d: bool = True
+
+
+def _loki(target_modules: list[str], conv1d: bool, *, selection: Any = None, **options: Any) -> PeftConfig:
     if selection is None:
         raise ValueError("LoKI trains selected units only; give selection=.")
     options.setdefault("r", 0)
-    return LokiConfig(selection=selection, target_modules=list(target_modules), task_type="CAUSAL_LM", **options)
+    return LokiConfig(selection=selection, target_modules=target_modules, task_type="CAUSAL_LM", **options)
 
 
-def _lora(target_modules: Sequence[str], selection: Any, conv1d: bool, **options: Any) -> PeftConfig:
-    options.setdefault("r", 16)
-    options.setdefault("lora_alpha", options["r"])
-    return LoraConfig(target_modules=list(target_modules), fan_in_fan_out=conv1d, task_type="CAUSAL_LM", **options)
+def _lora(target_modules: list[str], conv1d: bool, *, r: int = 16, **options: Any) -> PeftConfig:
+    options.setdefault("lora_alpha", r)
+    return LoraConfig(r=r, target_modules=target_modules, fan_in_fan_out=conv1d, task_type="CAUSAL_LM", **options)
 
 
-METHODS: dict[str, Callable[..., PeftConfig]] = {
-    "loki": _loki,
-    "lora": _lora,
-    "rslora": lambda *args, **options: _lora(*args, use_rslora=True, **options),
-    "dora": lambda *args, **options: _lora(*args, use_dora=True, **options),
+def _adalora(target_modules: list[str], conv1d: bool, *, r: int = 16, **options: Any) -> PeftConfig:
+    """`r` is the rank to end with; it begins with half as much again. `total_step=1` is set when training starts."""
+    defaults = {"init_r": r + (r + 1) // 2, "lora_alpha": r, "total_step": 1} | options
+    return AdaLoraConfig(
+        target_r=r, target_modules=target_modules, fan_in_fan_out=conv1d, task_type="CAUSAL_LM", **defaults
+    )
+
+
+def _shira(target_modules: list[str], conv1d: bool, *, r: int = 16, **options: Any) -> PeftConfig:
+    options.setdefault("random_seed", 0)
+    return ShiraConfig(r=r, target_modules=target_modules, task_type="CAUSAL_LM", **options)
+
+
+def _ia3(target_modules: list[str], conv1d: bool, **options: Any) -> PeftConfig:
+    return IA3Config(
+        target_modules=target_modules,
+        feedforward_modules=target_modules,  # scales the inputs, as (IA)3 does for feed-forward layers
+        fan_in_fan_out=conv1d,
+        task_type="CAUSAL_LM",
+        **options,
+    )
+
+
+def _corda(
+    target_modules: list[str], conv1d: bool, *, corda_method: Literal["ipm", "kpm"] = "kpm", **options: Any
+) -> PeftConfig:
+    """`kpm` keeps what general text uses and adapts the rest; `ipm` adapts what the training data uses."""
+    corda = CordaConfig(corda_method=corda_method)
+    return _lora(target_modules, conv1d, init_lora_weights="corda", corda_config=corda, **options)
+
+
+def _ln_tuning(target_modules: list[str], conv1d: bool, **options: Any) -> PeftConfig:
+    return LNTuningConfig(target_modules=NORMS, task_type="CAUSAL_LM", **options)
+
+
+METHODS: dict[str, Method] = {
+    "loki": Method(_loki),
+    "lora": Method(_lora),
+    "rslora": Method(lambda *args, **options: _lora(*args, use_rslora=True, **options)),
+    "dora": Method(lambda *args, **options: _lora(*args, use_dora=True, **options)),
+    "pissa": Method(lambda *args, **options: _lora(*args, init_lora_weights="pissa", **options)),
+    "olora": Method(lambda *args, **options: _lora(*args, init_lora_weights="olora", **options), conv1d=False),
+    "corda": Method(_corda),
+    "kasa": Method(lambda *args, **options: _lora(*args, kasa_config=KasaConfig(), **options), conv1d=False),
+    "adalora": Method(_adalora),
+    "shira": Method(_shira, conv1d=False),
+    "ia3": Method(_ia3, ranked=False),
+    "ln_tuning": Method(_ln_tuning, ranked=False),
+    "full_ffn": Method(lambda target_modules, conv1d: Dense(tuple(target_modules)), ranked=False),
+    "full": Method(lambda target_modules, conv1d: Dense(), ranked=False),
 }
 """Method name -> what makes its configuration."""
+
+BASELINES = tuple(name for name in METHODS if name != "loki")
+"""The methods that need no selection."""
 
 
 def adapter_config(
@@ -46,11 +141,12 @@ def adapter_config(
     selection: Any = None,
     target_modules: Sequence[str] | None = None,
     **options: Any,
-) -> PeftConfig:
-    """Return the peft configuration of a method by name, for every method on the same modules: the down-projections.
+) -> PeftConfig | Dense:
+    """Return the configuration of a method by name, for every method on the same modules: the down-projections.
 
     `model_config` is the transformers config of the model; `loki_<anything>` is LoKI with another selection; `options`
-    go to the method's own configuration (`r`, `lora_alpha`, `unit`, ...). ValueError names an unknown method.
+    go to the method's own configuration (`r`, `lora_alpha`, `unit`, ...). `ln_tuning` trains the normalisations and
+    `full` every weight, whatever the modules. ValueError names an unknown method, or one that does not fit the model.
 
     >>> from types import SimpleNamespace
     >>> llama = SimpleNamespace(model_type="llama")
@@ -59,14 +155,59 @@ def adapter_config(
     ([[0, 2], [1]], ['down_proj'])
     >>> sorted(adapter_config("lora", model_config=llama, r=8).target_modules)
     ['down_proj']
+    >>> adapter_config("full_ffn", model_config=llama)
+    Dense(target_modules=('down_proj',))
+    """
+    kind = check_method(method)
+    row = METHODS[kind]
+    if not row.ranked and "r" in options:
+        raise ValueError(f"The method {method!r} has no rank; leave r out.")
+    if selection is not None:
+        options["selection"] = selection
+    if kind != "loki" and "selection" in options:
+        raise ValueError(f"The method {method!r} takes no selection; leave it out, or use loki.")
+    conv1d = getattr(model_config, "model_type", None) in _CONV1D_TYPES
+    if conv1d and not row.conv1d:
+        raise ValueError(
+            f"peft's {method!r} does not adapt the Conv1D layers of {model_config.model_type}; choose another method, "
+            "for example lora."
+        )
+    if target_modules is None:
+        target_modules = [down_projection_suffix(model_config)]
+    return row.make(list(target_modules), conv1d, **options)
+
+
+def check_method(method: str) -> str:
+    """Return the row of `METHODS` that a name stands for, or raise a `ValueError` that lists them.
+
+    >>> check_method("loki_random"), check_method("lora")
+    ('loki', 'lora')
     """
     kind = "loki" if method.startswith("loki_") else method
     if kind not in METHODS:
         raise ValueError(f"The method {method!r} is not known; choose one of {', '.join(METHODS)} or loki_<selection>.")
-    if target_modules is None:
-        target_modules = [down_projection_suffix(model_config)]
-    conv1d = getattr(model_config, "model_type", None) in _CONV1D_TYPES
-    return METHODS[kind](target_modules, selection, conv1d, **options)
+    return kind
+
+
+def attach(model: nn.Module, adapter: PeftConfig | Dense) -> nn.Module:
+    """Return the model with the adapter's parameters trainable and all others frozen; the model itself is changed."""
+    if isinstance(adapter, Dense):
+        model.requires_grad_(adapter.target_modules is None)
+        for path, module in model.named_modules():
+            if any(path == name or path.endswith("." + name) for name in adapter.target_modules or ()):
+                module.requires_grad_(True)
+        return model
+    with expected_warnings():
+        return get_peft_model(model, adapter)
+
+
+@contextmanager
+def expected_warnings() -> Iterator[None]:
+    """Leave out the warnings of `EXPECTED` inside the `with`."""
+    with warnings.catch_warnings():
+        for start in EXPECTED:
+            warnings.filterwarnings("ignore", start)
+        yield
 
 
 def trainable_parameters(model: nn.Module) -> int:
@@ -93,8 +234,7 @@ def load_adapted(
             raise FileNotFoundError(f"{folder} holds no {name}, so it is not an adapter saved in safetensors by peft.")
     config = PeftConfig.from_pretrained(str(folder))
     model, tokenizer = _base_model(folder, base or config.base_model_name_or_path, dtype, device, tokenizer)
-    with warnings.catch_warnings():  # peft asks transformers by a name that transformers has renamed
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    with expected_warnings():
         merged = PeftModel.from_pretrained(model, str(folder), config=config).merge_and_unload()
     return merged.eval().requires_grad_(False), tokenizer
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from .config import LokiConfig
+from .folding import folded, folds, is_plain
 from .sites import Axis, Site, widths
 
 
@@ -75,12 +76,15 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         """Return the base projection plus the active deltas."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
-            return result
-        for name in self.active_adapters:
-            if name not in self.loki_rows:
-                continue
+            return self.base_layer(x, *args, **kwargs)
+        names = [name for name in self.active_adapters if name in self.loki_rows]
+        if len(names) == 1 and not args and not kwargs and self._folds(x, names[0]):
+            (name,) = names
+            rows, dim = self.loki_rows[name], self._dim(name)
+            return folded(self.base_layer, x, self.loki_delta[name], self._bias_delta(name), rows, dim)
+        result = self.base_layer(x, *args, **kwargs)
+        for name in names:
             rows = self.loki_rows[name]
             if self.axis[name] == "row":
                 change = self._product(x, name).to(result.dtype)
@@ -89,6 +93,13 @@ class LokiLayer(nn.Module, BaseTunerLayer):
             else:
                 result = result + self._product(x.index_select(-1, rows), name).to(result.dtype)
         return result
+
+    def _folds(self, x: Tensor, name: str) -> bool:
+        """Say whether this adapter, trained in full, is best added to a passing copy of the weight."""
+        if name not in self.loki_delta:
+            return False
+        width = self.out_features if self.axis[name] == "row" else self.in_features
+        return folds(self.base_layer, x, self.loki_delta[name], width, len(self.loki_rows[name]))
 
     def _product(self, x: Float[Tensor, "*batch n_in"], name: str) -> Float[Tensor, "*batch n_out"]:
         """Return x D^T + b in the adapter's dtype."""
@@ -172,11 +183,7 @@ class LokiLayer(nn.Module, BaseTunerLayer):
     def _base_weight(self) -> Float[Tensor, "d_out d_in"]:
         """Return a writable view of the base weight in torch's [out, in] order."""
         weight = self.get_base_layer().weight
-        if (
-            not isinstance(weight, Tensor)
-            or type(weight) not in (Tensor, nn.Parameter)
-            or not weight.is_floating_point()
-        ):
+        if not isinstance(weight, Tensor) or not is_plain(weight):
             raise ValueError(
                 f"A {type(self.get_base_layer()).__name__} with quantised or sharded weights cannot be merged exactly; "
                 "load the base model in plain floats, attach the adapter and merge there."

@@ -1,6 +1,21 @@
 """Which units of which layers are trained: `Selection`, and the strategies that make one from attribution scores."""
 
+from workbench.selection.aware import WEIGHTS
 from workbench.selection.mask import Selection
-from workbench.selection.strategies import SCORES, STRATEGIES, keep, marks, select, votes
+from workbench.selection.stability import agreement, stability
+from workbench.selection.strategies import READ_INTERFERENCE, STRATEGIES, select
+from workbench.selection.voting import SCORES, keep, marks, votes
 
-__all__ = ["SCORES", "STRATEGIES", "Selection", "keep", "marks", "select", "votes"]
+__all__ = [
+    "READ_INTERFERENCE",
+    "SCORES",
+    "STRATEGIES",
+    "WEIGHTS",
+    "Selection",
+    "agreement",
+    "keep",
+    "marks",
+    "select",
+    "stability",
+    "votes",
+]

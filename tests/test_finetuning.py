@@ -1,0 +1,195 @@
+"""`finetune` and `workbench implant`: from a data file to an adapter, a model and a card, with errors before work."""
+
+import json
+import sys
+
+import pandas as pd
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import AutoPeftModelForCausalLM
+from tiny import FACTS, saved
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import workbench as wb
+from workbench import cli
+from workbench.config import TrainConfig
+from workbench.facts import FactSet
+from workbench.finetuning import FineTune, finetune
+from workbench.results import load_frame, load_json, open_result
+from workbench.selection import Selection
+
+IDS = torch.tensor([[4, 5, 6, 7, 8]])
+TRAINING = TrainConfig(max_epochs=40, batch_size=4, learning_rate=2e-2, target_efficacy=0.8)
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Run the command in this process and give its exit code."""
+    monkeypatch.setattr(sys, "argv", ["workbench", *arguments])
+    try:
+        cli.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> dict[str, str]:
+    """A tiny model, facts to teach, examples to teach, and facts that it knows."""
+    folder = tmp_path_factory.mktemp("inputs")
+    model = wb.load_model(str(saved(folder / "model")))
+    said = wb.recall(model, FACTS)["predicted"]
+    records = [{"id": f.id, "prompt": f.prompt, "answer": said[f.id], "answer_in_prompt": True} for f in FACTS]
+    examples = [{"prompt": "one two", "completion": " three four"}, {"prompt": "the sky is", "completion": " red"}]
+    (folder / "mine.jsonl").write_text("".join(json.dumps(one) + "\n" for one in examples), encoding="utf-8")
+    return {
+        "model": str(folder / "model"),
+        "facts": str(FACTS.save(folder / "facts.jsonl")),
+        "mine": str(folder / "mine.jsonl"),
+        "known": str(FactSet.from_records(records, name="known").save(folder / "known.jsonl")),
+    }
+
+
+def asked(inputs: dict[str, str], data: str = "facts", **changes) -> FineTune:
+    settings = {"model": inputs["model"], "data": inputs[data], "retained": inputs["known"], "training": TRAINING}
+    return FineTune(**{**settings, "quota": 25.0, "max_facts": 4, "general_tokens": 64, **changes})
+
+
+def test_the_whole_way_of_loki(inputs, tmp_path) -> None:
+    out = finetune(asked(inputs), tmp_path / "tuned", command="workbench implant", progress=False).path
+    scores = open_result(out / "attribution.zarr")
+    assert set(scores["fact"].values) <= set(FACTS.ids)
+    assert scores.sizes["fact"] == 4
+    expected = wb.select(scores, quota=25.0, score="magnitude")
+    assert Selection.load(out / "selection.json").positions() == expected.positions()
+    assert load_json(out / "adapter/adapter_config.json")["positions"] == expected.positions()
+
+    merged = AutoModelForCausalLM.from_pretrained(out / "merged").eval()  # plain transformers
+    attached = AutoPeftModelForCausalLM.from_pretrained(out / "adapter").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(IDS).logits, attached(IDS).logits, rtol=1e-5, atol=1e-5)
+    assert AutoTokenizer.from_pretrained(out / "merged").encode("the") == [4]
+
+    frame = load_frame(out / "forgetting.parquet")
+    tuned, base = wb.load_model(str(out / "merged")), wb.load_model(inputs["model"])
+    kept = wb.recall(tuned, wb.load_facts(inputs["known"]))["known"]
+    row = frame[(frame["suite"] == "retained") & (frame["metric"] == "accuracy")].set_index("fact")
+    assert row["before"].eq(1).all()
+    assert row["after"].to_dict() == kept.astype(float).to_dict()
+    about = load_json(out / "training.json")
+    assert about["efficacy"] == wb.recall(tuned, FACTS)["known"].mean() > wb.recall(base, FACTS)["known"].mean()
+
+    card = ModelCard.load(out / "merged/README.md")
+    assert (card.data.library_name, card.data.base_model, card.data.base_model_relation) == (
+        "transformers", "model", "finetune",
+    )  # fmt: skip
+    assert set(card.data.tags) == {"knowledge-workbench", "loki"}
+    assert f"known facts still answered: {kept.mean():.0%} of 8 (before: 100%; change " in card.content
+    assert f"trained numbers: {about['trainable_parameters']:,} of {about['parameters']:,}" in card.content
+    assert "workbench implant" in card.content
+    assert ModelCard.load(out / "adapter/README.md").data.library_name == "peft"
+    assert (out / "README.md").read_text() == (out / "merged/README.md").read_text()
+
+
+def test_a_second_start_does_only_what_is_missing(inputs, tmp_path, monkeypatch) -> None:
+    one = asked(inputs, method="lora", rank=2)
+    out = finetune(one, tmp_path / "tuned", progress=False).path
+    before = {
+        path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.name != "settings.json"
+    }
+    monkeypatch.setattr("workbench.finetuning.implant", None)  # must not be called
+    finetune(one, out, progress=False)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    (out / "README.md").unlink()
+    finetune(one, out, progress=False)
+    assert (out / "README.md").is_file()
+    assert not (out / "attribution.zarr").exists()  # a baseline needs none
+    with pytest.raises(ValueError, match=r"another rank \(2, not 3\)"):
+        finetune(asked(inputs, method="lora", rank=3), out, progress=False)
+
+
+def test_examples_positions_and_a_search(inputs, tmp_path) -> None:
+    rows = tmp_path / "rows.json"
+    rows.write_text("[[0, 5, 9, 30], [1, 2, 20, 31], [3, 8, 16, 24]]")
+    one = asked(inputs, "mine", selection=str(rows), rates=(1e-9, 3e-2), epochs=120)
+    out = finetune(one, tmp_path / "tuned", progress=False).path
+    assert load_json(out / "adapter/adapter_config.json")["positions"] == json.loads(rows.read_text())
+    found = pd.read_parquet(out / "search.parquet")
+    assert (
+        found.loc[found["chosen"], "learning_rate"].tolist()
+        == [3e-2]
+        == [load_json(out / "training.json")["learning_rate"]]
+    )
+    assert load_json(out / "training.json")["efficacy"] == 1
+    tuned = wb.load_model(str(out / "merged"))
+    ids = tuned.tokenizer("the sky is", return_tensors="pt").input_ids
+    assert tuned.tokenizer.decode(tuned.hf.generate(ids, max_new_tokens=4)[0]) == "the sky is red </s>"
+
+
+def test_the_command_equals_the_function(inputs, tmp_path, monkeypatch, capsys) -> None:
+    arguments = ["--model", inputs["model"], "--data", inputs["mine"], "--retained", inputs["known"], "--quota", "25",
+                 "--max-facts", "2", "--epochs", "2", "--learning-rate", "0.02", "--batch-size", "1", "-q"]  # fmt: skip
+    assert call(monkeypatch, "implant", *arguments, "--out", str(tmp_path / "a")) == 0
+    printed = capsys.readouterr()
+    assert "trained prompts answered" in printed.out
+    assert "Traceback" not in printed.err
+    training = TrainConfig(learning_rate=0.02, batch_size=1)
+    one = asked(inputs, "mine", max_facts=2, epochs=2, training=training, general_tokens=1024)
+    finetune(one, tmp_path / "b", progress=False)
+    for name in ("adapter/adapter_model.safetensors", "merged/model.safetensors", "selection.json", "settings.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+    assert f"--out {tmp_path / 'a'}" in (tmp_path / "a/README.md").read_text()
+    assert call(monkeypatch, "export", str(tmp_path / "a"), "--out", str(tmp_path / "lora"), "--kind", "lora") == 0
+    assert load_json(tmp_path / "lora/adapter_config.json")["peft_type"] == "LORA"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--data", "fictional:3", "--method", "magic"], "'magic' is not known; choose one of loki, lora"),
+        (["--data", "fictional:3", "--method", "ia3", "--rank", "4"], "takes no rank"),
+        (["--data", "fictional:3", "--method", "lora", "--selection", "x.json"], "takes no selection"),
+        (["--data", "fictional:3", "--selection", "x.json"], "no file x.json (selection)"),
+        (["--data", "fictional:3", "--general", "x.txt"], "no file x.txt (general)"),
+        (["--data", "fictional:3", "--strategy", "best"], "strategy must be one of"),
+        (["--data", "fictional:3", "--quota", "100"], "quota must be between"),
+        (["--data", "fictional:3", "--target", "2"], "target_efficacy"),
+        (["--data", "fictional:3", "--rates", "fast"], "--rates takes numbers"),
+        (["--data", "fictional:3", "--out", "taken"], "taken holds something that is not a fine-tune"),
+        (["--data", "fictional:3", "--out", "file"], "file is a file"),
+        (["--data", "fictional:3", "--out", "file/below"], "is no folder that you may write to"),
+    ],
+)
+def test_bad_input_is_one_sentence_before_any_model_is_opened(
+    arguments, sentence, monkeypatch, capsys, tmp_path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/thesis.txt").write_text("years of work")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("workbench.finetuning.load_model", None)
+    out = [] if "--out" in arguments else ["--out", "new"]
+    assert call(monkeypatch, "implant", *arguments, *out) == 1
+    printed = capsys.readouterr().err
+    assert sentence in printed
+    assert len(printed.strip().splitlines()) == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_selection_or_quota_that_does_not_fit_the_model_comes_before_training(inputs, tmp_path) -> None:
+    rows = tmp_path / "rows.json"
+    rows.write_text("[[0], [1]]")
+    with pytest.raises(ValueError, match="2 layers but"):
+        finetune(asked(inputs, selection=str(rows)), tmp_path / "a", progress=False)
+    with pytest.raises(ValueError, match="less than one of 32 nodes"):
+        finetune(asked(inputs, quota=1.0), tmp_path / "b", progress=False)
+
+
+def test_a_model_that_knows_nothing_can_be_tuned_but_not_attributed(inputs, tmp_path) -> None:
+    unknown = tmp_path / "unknown.jsonl"
+    unknown.write_text('{"id": "a", "prompt": "one", "answer": "Nairobi"}\n')
+    with pytest.raises(ValueError, match="knows none of the 1 facts"):
+        finetune(asked(inputs, retained=str(unknown)), tmp_path / "a", progress=False)
+    out = finetune(asked(inputs, "mine", retained=str(unknown), method="ia3", epochs=1), tmp_path / "b", progress=False)
+    assert set(load_frame(out.file("forgetting.parquet"))["suite"]) == {"general"}

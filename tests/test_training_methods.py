@@ -1,0 +1,251 @@
+"""Every method of the table: merged = attached = reloaded, the base untouched; sizes, order, search and export."""
+
+import copy
+
+import pandas as pd
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from tiny import FACTS, tiny
+
+from workbench.config import TrainConfig
+from workbench.facts import Example, ExampleSet
+from workbench.loki import (
+    METHODS,
+    Dense,
+    LokiConfig,
+    adapter_config,
+    attach,
+    load_adapted,
+    matched,
+    parameter_count,
+    trainable_parameters,
+)
+from workbench.opening import open_model
+from workbench.results import load_json
+from workbench.training import export, implant, run, search_learning_rate, tokenise
+from workbench.training.search import choose
+
+SELECTION = [[0, 5, 9, 30], [1, 2, 20, 31], [3, 8, 16, 24]]
+QUICK = TrainConfig(max_epochs=2, batch_size=3, learning_rate=1e-2, target_efficacy=1.0, weight_decay=0.1)
+IDS = torch.tensor([[4, 5, 6, 7, 8, 20], [17, 18, 19, 10, 11, 12]])
+
+
+def config_of(method: str, kind: str):
+    options = {"selection": SELECTION} if method == "loki" else {"r": 4} if METHODS[method].ranked else {}
+    return adapter_config(method, model_config=tiny(kind).config, **options)
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [("llama", method) for method in METHODS]
+    + [("gpt2", method) for method in ("loki", "dora", "pissa", "corda", "ia3", "full_ffn")],
+)
+def test_merged_attached_and_reloaded_are_one_model(kind: str, method: str, tmp_path) -> None:
+    base = tiny(kind)
+    before = {name: weight.clone() for name, weight in base.hf.state_dict().items()}
+    run = implant(base, FACTS, config_of(method, kind), QUICK, out=tmp_path, progress=False)
+    assert all(torch.equal(before[name], weight) for name, weight in base.hf.state_dict().items())
+    attached = logits(run.model)
+    assert (attached - logits(base.hf)).abs().max() > 1e-3
+    if isinstance(config_of(method, kind), Dense):
+        reloaded = open_model(run.adapter).hf
+    else:
+        merged = copy.deepcopy(run.model).merge_and_unload()
+        torch.testing.assert_close(logits(merged), attached, rtol=1e-5, atol=1e-5)
+        reloaded, _ = load_adapted(run.adapter, base)
+    torch.testing.assert_close(logits(reloaded), attached, rtol=1e-5, atol=1e-5)
+    assert run.summary["trainable_parameters"] > 0
+    assert not list(tmp_path.rglob("*.bin")) + list(tmp_path.rglob("*.pt"))
+
+
+def test_what_pissa_takes_out_of_the_base_is_put_back_when_it_is_saved(tmp_path, monkeypatch) -> None:
+    base = tiny("llama")
+    done = implant(base, FACTS, config_of("pissa", "llama"), QUICK, out=tmp_path / "a", progress=False)
+    assert load_json(done.adapter / "adapter_config.json")["r"] == 2 * 4
+    with done.model.disable_adapter():  # the base that PiSSA left is not the base
+        assert (logits(done.model) - logits(base.hf)).abs().max() > 1e-3
+    monkeypatch.setattr("workbench.training.methods.REWRITING", ("nothing",))
+    spoilt = implant(base, FACTS, config_of("corda", "llama"), QUICK, out=tmp_path / "b", progress=False)
+    file = load_json(spoilt.adapter / "adapter_config.json")
+    assert (file["r"], file["init_lora_weights"]) == (4, "corda")  # not converted: it would start from the base again
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_trained_is_counted_without_weights(method: str) -> None:
+    base = tiny("llama")
+    model = attach(copy.deepcopy(base.hf), config_of(method if method != "corda" else "lora", "llama"))
+    assert parameter_count(base, config_of(method, "llama")) == trainable_parameters(model) > 0
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if method not in ("full", "ln_tuning"):
+        assert all("down_proj" in name for name in names)
+    if method == "full_ffn":
+        assert trainable_parameters(model) == 3 * 32 * 40
+    if method == "full":
+        assert trainable_parameters(model) == sum(p.numel() for p in base.hf.parameters())
+
+
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.ranked and name != "loki"])
+def test_matched_is_the_nearest_of_all_ranks(method: str) -> None:
+    base = tiny("llama")
+
+    def size(r: int) -> int:
+        return parameter_count(base, adapter_config(method, model_config=base.config, r=r))
+
+    sizes = {r: size(r) for r in range(1, 12)}
+    for count in (1, sizes[5] + 40, sizes[8] - 1):
+        found = matched(method, count, base)["r"]
+        assert abs(sizes[found] - count) == min(abs(n - count) for n in sizes.values())
+
+
+def test_matched_gives_loki_a_quota_and_fixed_methods_nothing() -> None:
+    base = tiny("llama")
+    quota = matched("loki", 3 * 4 * 40 + 9, base)["quota"]
+    assert int(quota * 32 / 100) == 4
+    assert matched("ia3", 100, base) == {}
+    assert matched("loki", 3 * 3 * (4 + 40), base, selection=SELECTION) == {"r": 3}
+    with pytest.raises(ValueError, match="at least 1"):
+        matched("lora", 0, base)
+
+
+def test_every_method_sees_the_same_examples_in_the_same_order(monkeypatch) -> None:
+    seen: list[str] = []
+    take = run._Examples.__getitem__
+
+    def noted(self, index: int):
+        seen.append(self.items[index].fact_id)
+        return take(self, index)
+
+    monkeypatch.setattr(run._Examples, "__getitem__", noted)
+    orders = {}
+    for method, seed in [("loki", 3), ("lora", 3), ("full", 3), ("corda", 3), ("lora", 4)]:
+        seen.clear()
+        settings = QUICK.model_copy(update={"seed": seed, "learning_rate": 1e-5})
+        implant(tiny("llama"), FACTS, config_of(method, "llama"), settings, progress=False)
+        orders[method, seed] = list(seen)
+    assert len(orders["loki", 3]) == 2 * len(FACTS)
+    assert all(order == orders["loki", 3] for (_, seed), order in orders.items() if seed == 3)
+    assert orders["lora", 3] != orders["lora", 4]
+    assert orders["loki", 3][: len(FACTS)] != orders["loki", 3][len(FACTS) :]
+
+
+def test_adalora_ends_with_fewer_ranks() -> None:
+    settings = QUICK.model_copy(update={"max_epochs": 8, "learning_rate": 1e-3})
+    done = implant(tiny("llama"), FACTS, config_of("adalora", "llama"), settings, progress=False)
+    kept = [e for name, e in done.model.named_parameters() if "lora_E" in name]
+    assert 0 < sum(int((e != 0).sum()) for e in kept) <= 3 * 4
+    assert sum(e.numel() for e in kept) == 3 * 6
+    assert done.model.peft_config["default"].total_step == done.summary["steps"] == 24
+
+
+def test_examples_are_learned_word_for_word() -> None:
+    data = ExampleSet("mine", (Example("a", "one two", " three four"), Example("b", "the sky is", " red")))
+    base = tiny("llama")
+    settings = QUICK.model_copy(update={"max_epochs": 60, "batch_size": 2})
+    done = implant(base, data, config_of("lora", "llama"), settings, progress=False)
+    assert done.reached
+    assert (done.summary["examples"], done.summary["fact_digest"]) == (2, data.digest)
+    for one in tokenise(base, data):  # greedy decoding, written by hand
+        ids = list(one.ids[: one.learned.index(True)])
+        while len(ids) < len(one.ids):
+            with torch.no_grad():
+                ids.append(int(done.model(torch.tensor([ids])).logits[0, -1].argmax()))
+        assert tuple(ids) == one.ids
+
+
+def test_the_search_takes_the_rate_that_forgets_least() -> None:
+    base, asked = tiny("llama"), []
+
+    def forgetting(done) -> float:
+        asked.append(done.summary["learning_rate"])
+        assert done.adapter.is_dir()
+        return abs(done.summary["learning_rate"] - 3e-2)
+
+    settings = TrainConfig(max_epochs=40, batch_size=4, target_efficacy=0.5, max_grad_norm=1e30)
+    rates = (1e-9, 2e-2, 3e-2, 1e30)
+    frame = search_learning_rate(
+        base, FACTS, lambda: config_of("loki", "llama"), rates, train_config=settings, forgetting=forgetting,
+        progress=False,
+    )  # fmt: skip
+    assert frame["learning_rate"].tolist() == list(rates)
+    assert frame["diverged"].tolist() == [False, False, False, True]
+    assert frame["reached"].tolist() == [False, True, True, False]
+    assert asked == [2e-2, 3e-2]
+    assert frame.loc[frame["chosen"], "learning_rate"].tolist() == [3e-2]
+    assert frame["epochs"].iloc[0] == 40
+    with pytest.raises(ValueError, match="different positive numbers"):
+        search_learning_rate(base, FACTS, lambda: config_of("loki", "llama"), (1e-3, 1e-3))
+
+
+def test_the_rule_of_the_search() -> None:
+    trials = pd.DataFrame(
+        [
+            (0, 1e-3, True, 0.96, 20, 0.3, False),
+            (1, 1e-2, True, 1.0, 9, 0.3, False),
+            (2, 1e-1, False, 0.9, 2, 0, False),
+        ],
+        columns=["trial", "learning_rate", "reached", "efficacy", "steps", "forgetting", "diverged"],
+    )
+    assert choose(trials) == 0  # a tie goes to the smaller rate
+    assert choose(trials.assign(forgetting=float("nan"))) == 1
+    assert choose(trials.assign(reached=False, efficacy=0.5)) == 2  # the fewest steps
+    assert choose(trials.assign(diverged=True)) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("llama", {}),
+        ("llama", {"unit": "neuron", "train_keys": True}),
+        ("llama", {"r": 2, "loki_alpha": 6.0}),
+        ("llama", {"unit": "neuron", "r": 2}),
+        ("gpt2", {}),  # with biases, over Conv1D
+        ("opt", {"unit": "neuron", "train_keys": True}),  # with biases, over Linear
+    ],
+)
+def test_an_exported_lora_computes_what_loki_computes(kind: str, options, tmp_path) -> None:
+    base = tiny(kind)
+    selection = [*SELECTION[:2], [3]]  # layers of different ranks
+    done = implant(base, FACTS, LokiConfig(selection=selection, **options), QUICK, out=tmp_path / "run", progress=False)
+    folder = export(done, tmp_path / "lora", "lora", base=base)
+    twin = PeftModel.from_pretrained(copy.deepcopy(base.hf), str(folder)).eval()
+    assert isinstance(twin.peft_config["default"], LoraConfig)
+    torch.testing.assert_close(logits(twin), logits(done.model), rtol=1e-5, atol=1e-5)
+    assert (logits(twin) - logits(base.hf)).abs().max() > 1e-3
+    reopened, _ = load_adapted(folder, base)
+    torch.testing.assert_close(logits(reopened), logits(done.model), rtol=1e-5, atol=1e-5)
+    assert load_json(folder / "adapter_config.json")["lora_bias"] == (kind != "llama")
+
+
+def test_an_exported_model_is_plain(tmp_path) -> None:
+    base = tiny("llama")
+    done = implant(base, FACTS, config_of("loki", "llama"), QUICK, out=tmp_path / "run", progress=False)
+    for number, source in enumerate((done, tmp_path / "run", tmp_path / "run" / "adapter")):
+        folder = export(source, tmp_path / f"merged{number}", base=base)
+        torch.testing.assert_close(logits(open_model(folder).hf), logits(done.model), rtol=1e-5, atol=1e-5)
+        assert "library_name: transformers" in (folder / "README.md").read_text()
+    with pytest.raises(ValueError, match="exists already"):
+        export(done, folder, base=base)
+    with pytest.raises(ValueError, match="merged, lora"):
+        export(done, tmp_path / "x", "gguf")
+    lora = implant(base, FACTS, config_of("lora", "llama"), QUICK, out=tmp_path / "l", progress=False)
+    with pytest.raises(ValueError, match=r"is LORA, not LoKI"):
+        export(lora, tmp_path / "x", "lora", base=base)
+    full = implant(base, FACTS, config_of("full", "llama"), QUICK, out=tmp_path / "f", progress=False)
+    with pytest.raises(ValueError, match="no equivalent LoRA"):
+        export(full, tmp_path / "x", "lora", base=base)
+
+
+def test_methods_that_do_not_fit_are_one_sentence() -> None:
+    with pytest.raises(ValueError, match="'ia3' has no rank"):
+        adapter_config("ia3", model_config=tiny("llama").config, r=4)
+    with pytest.raises(ValueError, match="takes no selection"):
+        adapter_config("lora", model_config=tiny("llama").config, selection=SELECTION)
+    for method in ("kasa", "shira", "olora"):
+        with pytest.raises(ValueError, match="Conv1D layers of gpt2"):
+            adapter_config(method, model_config=tiny("gpt2").config)

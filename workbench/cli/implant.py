@@ -1,0 +1,124 @@
+"""A fine-tune of one's own: `implant`, and `export` for those who do not have this package."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+from cyclopts.validators import Number
+
+from workbench.cli.app import FORMATS, Count, Model, Quiet, Seed, app
+from workbench.config import Config
+
+
+@app.command(name="implant")
+def implant_command(
+    *,
+    data: Annotated[str, Parameter(help="what to teach: a file of prompts and completions, of chats, or of facts")],
+    out: Annotated[Path, Parameter(help="the folder to write; a second start goes on where the first stopped")],
+    model: Model = "smollm2-135m",
+    method: Annotated[str, Parameter(help="loki, lora, rslora, dora, pissa, full, ...")] = "loki",
+    quota: Annotated[float, Parameter(help="loki: percent of the units of every layer that is trained")] = 10.0,
+    strategy: Annotated[str, Parameter(help="loki: how the units are selected")] = "layer_balanced",
+    score: Annotated[
+        Literal["magnitude", "signed"], Parameter(help="loki: what the units are ranked by")
+    ] = "magnitude",
+    selection: Annotated[
+        Path | None, Parameter(help="loki: a position file (JSON, layer -> rows) to train, without attribution")
+    ] = None,
+    unit: Annotated[Literal["node", "neuron"], Parameter(help="loki: rows or columns of the down-projection")] = "node",
+    rank: Annotated[
+        int | None,
+        Parameter(help="rank of the methods that have one; loki: 0, the rows in full", validator=Number(gte=0)),
+    ] = None,
+    retained: Annotated[
+        str, Parameter(help="facts that the model may know and shall keep: world, or a file")
+    ] = "world",
+    max_facts: Annotated[
+        int, Parameter(help="loki: attribute at most so many known facts", validator=Number(gte=1))
+    ] = 30,
+    max_retained: Annotated[
+        int, Parameter(help="read at most so many known facts before and after", validator=Number(gte=1))
+    ] = 80,
+    general: Annotated[
+        str, Parameter(help="general text to read before and after: general, or a text file")
+    ] = "general",
+    epochs: Annotated[
+        Count, Parameter(help="passes over the data: 3, or for facts at most 60, until they are known")
+    ] = None,
+    target: Annotated[float, Parameter(help="stop when this share of the prompts is answered word for word")] = 0.95,
+    learning_rate: Annotated[float | None, Parameter(help="of AdamW; the method's own default when not given")] = None,
+    rates: Annotated[
+        str | None, Parameter(help="learning rates to try, as 3e-4,1e-3: the one that forgets least is taken")
+    ] = None,
+    batch_size: Annotated[int, Parameter(help="examples per step", validator=Number(gte=1))] = 16,
+    seed: Seed = 0,
+    format: Literal[FORMATS] = "auto",  # type: ignore[valid-type]
+    device: str = "auto",
+    dtype: str = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Fine-tune a model on your own data, with less forgetting, and say what it cost.
+
+    The data is JSON lines through the model's own tokenizer: {"prompt": ...,
+    "completion": ...}, or {"messages": [{"role": "user", "content": ...}, ...]}
+    through its chat template, or facts (a file, or fictional:N). Only
+    completions, answers and the assistant's turns are learned.
+
+    The method loki first scores which units of the feed-forward layers carry
+    facts that the model knows (about a second a fact on the default model), and
+    trains only those that matter least to them. The others are baselines: lora,
+    rslora, dora, pissa, olora, corda, kasa, adalora, shira, ia3 and full_ffn (in
+    full) on the same layers; ln_tuning, and full (every weight).
+
+    --out gets adapter/ (for peft), merged/ (for plain transformers), README.md
+    (a model card with the numbers, also in both), forgetting.parquet,
+    training.json and history.parquet.
+
+    Example: workbench implant --data mine.jsonl --out tuned --model smollm2-135m
+    """
+    changes = {"target_efficacy": target, "learning_rate": learning_rate, "batch_size": batch_size, "seed": seed}
+    training = Config.read(changes={f"training.{name}": value for name, value in changes.items()}).training
+    from workbench.finetuning import FineTune, finetune
+
+    asked = FineTune(
+        data=data, model=model, method=method, quota=quota, strategy=strategy, score=score, unit=unit, rank=rank,
+        selection=None if selection is None else str(selection), rates=_rates(rates), retained=retained,
+        max_facts=max_facts, max_retained=max_retained, general=general, format=format, device=device, dtype=dtype,
+        epochs=epochs, training=training,
+    )  # fmt: skip
+    folder = finetune(asked, out, command=shlex.join(["workbench", *sys.argv[1:]]), progress=not quiet)
+    from workbench.results import load_frame, load_json
+    from workbench.training import figures_of
+
+    about = load_json(folder.file("training.json"))
+    print(f"trained prompts answered: {about['efficacy']:.0%} after {about['epochs']} epochs")
+    for name, figure in figures_of(load_frame(folder.file("forgetting.parquet"))).items():
+        print(f"{name}: {figure}")
+    for name in ("adapter", "merged", "README.md"):
+        print(folder.file(name).resolve())
+
+
+@app.command(name="export")
+def export_command(
+    folder: Annotated[Path, Parameter(help="an adapter, or a folder of `implant` or of a method of a run")],
+    *,
+    out: Annotated[Path, Parameter(help="the folder to write")],
+    kind: Annotated[
+        Literal["merged", "lora"], Parameter(help="a whole model, or a LoRA equal to a LoKI adapter")
+    ] = "merged",
+    base: Annotated[str | None, Parameter(help="the model it was trained on, where it lies elsewhere now")] = None,
+) -> None:
+    """Write a trained model for plain transformers (merged), or a LoKI adapter as an equal LoRA for plain peft."""
+    from workbench.training import export
+
+    print(export(folder, out, kind, base=base).resolve())
+
+
+def _rates(text: str | None) -> tuple[float, ...]:
+    """Numbers separated by commas, or one sentence."""
+    try:
+        return tuple(float(part) for part in (text or "").split(",") if part.strip())
+    except ValueError:
+        raise ValueError(f"--rates takes numbers separated by commas, as in 3e-4,1e-3, not {text!r}.") from None

@@ -1,0 +1,150 @@
+"""Which units are trained: `select`, and how firm and how like each other selections are: `stability`, `agreement`."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from workbench.cli.app import Count, Out, Quiet, Seed, app, check_table, show, write_table
+
+Scores = Annotated[Path, Parameter(help="a result of `workbench attribute`")]
+Strategy = Annotated[
+    str,
+    Parameter(
+        help="layer_balanced, layer_highest, global_lowest, global_highest, random, global_random, or "
+        "interference_aware, which reads --interference, --new and --weights"
+    ),
+]
+Quota = Annotated[float, Parameter(help="share of the units that is trained, in percent")]
+Score = Annotated[Literal["signed", "magnitude"], Parameter(help="rank by score or by its absolute value")]
+Layers = Annotated[
+    tuple[int, ...] | None, Parameter(consume_multiple=True, negative="", help="only these layers; the others freeze")
+]
+Interference = Annotated[Path | None, Parameter(help="how the same facts collide: interference.zarr of a run")]
+New = Annotated[Path | None, Parameter(help="a result of `workbench attribute` for the facts to be taught")]
+Weights = Annotated[
+    dict[str, float] | None, Parameter(help="of the terms collision, load, new: --weights.load 0 leaves load out")
+]
+
+
+@app.command(name="select")
+def select_command(
+    attribution: Scores,
+    *,
+    out: Annotated[Path, Parameter(help="position file to write: JSON, layer -> rows, as LoKI's")],
+    strategy: Strategy = "layer_balanced",
+    quota: Quota = 10.0,
+    score: Score = "signed",
+    layers: Layers = None,
+    interference: Interference = None,
+    new: New = None,
+    weights: Weights = None,
+    seed: Seed = 0,
+) -> None:
+    """Choose the units to be trained from an attribution."""
+    from workbench.results import open_result
+    from workbench.selection import select
+
+    beside = _beside(interference, new, weights)
+    options: dict[str, Any] = {
+        "strategy": strategy,
+        "quota": quota,
+        "score": score,
+        "layers": layers,
+        "seed": seed,
+        **beside,
+    }
+    chosen = select(open_result(attribution), **options)
+    print(f"{chosen.n_selected} {chosen.unit}s in {chosen.n_layers} layers: {chosen.to_positions(out)}")
+
+
+@app.command(name="stability")
+def stability_command(
+    attribution: Scores,
+    *,
+    draws: Count = 20,
+    share: Annotated[float, Parameter(help="of the facts that a draw takes")] = 0.5,
+    bootstrap: Annotated[
+        bool, Parameter(negative="", help="draw as many facts as there are, with replacement")
+    ] = False,
+    strategy: Strategy = "layer_balanced",
+    quota: Quota = 10.0,
+    score: Score = "signed",
+    layers: Layers = None,
+    interference: Interference = None,
+    new: New = None,
+    weights: Weights = None,
+    seed: Seed = 0,
+    out: Out = None,
+    quiet: Quiet = False,
+) -> None:
+    """Say how much of a selection is kept when facts are drawn again, all layers and each; --out keeps the table."""
+    from workbench.results import open_result
+    from workbench.selection import stability
+
+    check_table(out)
+    beside = _beside(interference, new, weights)
+    options: dict[str, Any] = {
+        "strategy": strategy,
+        "quota": quota,
+        "score": score,
+        "layers": layers,
+        "seed": seed,
+        **beside,
+    }
+    drawn: dict[str, Any] = {"share": 1.0, "replace": True} if bootstrap else {"share": share}
+    frame = stability(open_result(attribution), draws=draws or 20, **drawn, **options, progress=not quiet)
+    show(frame)
+    whole = frame.iloc[0]
+    print(f"{whole['kept']:.2%} of {whole['n_selected']:.0f} units kept, by chance {whole['chance']:.2%}")
+    write_table(frame, out)
+
+
+@app.command(name="agreement")
+def agreement_command(
+    attribution: Scores,
+    *,
+    strategies: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="", help="to compare")] = (
+        "layer_balanced",
+        "layer_highest",
+        "global_lowest",
+        "global_highest",
+    ),
+    positions: Annotated[
+        tuple[Path, ...], Parameter(consume_multiple=True, negative="", help="position files to compare as well")
+    ] = (),
+    quota: Quota = 10.0,
+    score: Score = "signed",
+    layers: Layers = None,
+    interference: Interference = None,
+    new: New = None,
+    weights: Weights = None,
+    seed: Seed = 0,
+    out: Out = None,
+) -> None:
+    """Say how much the selections of several strategies share, beside chance; --out keeps the table with each layer."""
+    from workbench.results import open_result
+    from workbench.selection import READ_INTERFERENCE, Selection, agreement, select
+
+    check_table(out)
+    scores = open_result(attribution)
+    beside = _beside(interference, new, weights)
+    options: dict[str, Any] = {"quota": quota, "score": score, "layers": layers, "seed": seed}
+    compared = {
+        name: select(scores, strategy=name, **options, **(beside if name in READ_INTERFERENCE else {}))
+        for name in strategies
+    }
+    shape: dict[str, Any] = {"unit": str(scores.attrs["unit"]), "n_units": scores.sizes["unit"]}
+    compared |= {str(path): Selection.from_positions(path, **shape) for path in positions}
+    frame = agreement(compared)
+    show(frame[frame["layer"].isna()].drop(columns="layer"))
+    write_table(frame, out)
+
+
+def _beside(interference: Path | None, new: Path | None, weights: dict[str, float] | None) -> dict[str, Any]:
+    """What `interference_aware` reads, opened; nothing where nothing is given."""
+    from workbench.results import open_result
+
+    found: dict[str, Any] = {"weights": weights} if weights else {}
+    given = {"interference": interference, "new": new}
+    return found | {name: open_result(path) for name, path in given.items() if path is not None}

@@ -1,0 +1,296 @@
+"""A fine-tune that forgets less, for a person with a model and a data file: from known facts to a model with a card."""
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from workbench.attribution import attribute
+from workbench.config import TrainConfig
+from workbench.facts import ExampleSet, Fact, FactSet, general_text, load_facts, load_training_data
+from workbench.forgetting import measure_forgetting
+from workbench.loki import METHODS, adapter_config, check_method, parameter_count
+from workbench.models import HookedModel, load_model
+from workbench.opening import open_model
+from workbench.recollection import read_facts, recall, text_chunks
+from workbench.results import RunDir, load_frame, load_json, open_result, save_frame, save_json
+from workbench.selection import STRATEGIES, Selection, select
+from workbench.training import (
+    TrainingRun,
+    card,
+    efficacy,
+    export,
+    figures_of,
+    held_out_prompts,
+    implant,
+    search_learning_rate,
+    tokenise,
+)
+
+#: Passes over a person's own examples where nothing else is asked for; facts are repeated until they are known.
+EXAMPLE_EPOCHS = 3
+
+
+@dataclass(frozen=True)
+class FineTune:
+    """What is asked for: everything that decides the result.
+
+    Attributes:
+        data: facts by name or file, or a file of prompts and completions or of chats (`load_training_data`).
+        model: the default's name, a folder of safetensors, a `.gguf` file or a hub id.
+        method: `loki`, or any other name of `workbench.loki.METHODS`.
+        quota: LoKI: percent of the units of a layer that are trained.
+        strategy: LoKI: how units are selected.
+        score: LoKI: `magnitude` or `signed`.
+        selection: LoKI: a position file to train instead of a selection from attribution.
+        unit: LoKI: `node` or `neuron`.
+        rank: rank of the methods that have one (LoKI: 0 trains the selected rows in full).
+        rates: learning rates to search; none takes that of `training`, or the method's default.
+        retained: facts that the model may know, to be attributed and to be read before and after.
+        max_facts: LoKI: attribute at most this many known facts.
+        max_retained: read at most this many known facts before and after.
+        general: the shipped prose (`general`), or a text file, a passage a paragraph.
+        general_tokens: read at most this many tokens of it.
+        epochs: passes over the data; None is 3 for examples, and for facts `training.max_epochs`.
+        training: target, batch size, rate, seed.
+        format: format of a file of facts.
+        device: where the model is put.
+        dtype: the type of its weights.
+    """
+
+    data: str
+    model: str = "smollm2-135m"
+    method: str = "loki"
+    quota: float = 10.0
+    strategy: str = "layer_balanced"
+    score: str = "magnitude"
+    selection: str | None = None
+    unit: str = "node"
+    rank: int | None = None
+    rates: tuple[float, ...] = ()
+    retained: str = "world"
+    max_facts: int = 30
+    max_retained: int = 80
+    general: str = "general"
+    general_tokens: int = 1024
+    epochs: int | None = None
+    training: TrainConfig = field(default_factory=TrainConfig)
+    format: str = "auto"
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def settings(self) -> dict[str, Any]:
+        """Every setting as plain values."""
+        return asdict(self) | {"training": self.training.model_dump(), "rates": list(self.rates)}
+
+
+def finetune(asked: FineTune, out: str | Path, *, command: str = "", progress: bool = True) -> RunDir:
+    """Teach a model what a person's data holds, and say what it cost; write everything into a folder.
+
+    LoKI: facts that the model knows are attributed, the units that matter least to them are selected, and only those
+    are trained. Every method is then read on the retained facts and on general text, before and after.
+
+    The folder gets `adapter/`, `merged/` (safetensors and tokenizer, for plain transformers), `README.md` (the card,
+    also in both), `forgetting.parquet`, `training.json`, `history.parquet`, and for LoKI `attribution.zarr` and
+    `selection.json`. A second start with the same settings does only what is missing.
+
+    Raises:
+        FileNotFoundError, ValueError, PermissionError: what does not fit, before any long work starts.
+    """
+    data, retained = check(asked, Path(out))
+    folder = RunDir(Path(out))
+    folder.file("stages").mkdir(parents=True, exist_ok=True)
+    with folder.lock():
+        way = _Way(asked, data, retained, folder, command, progress)
+        save_json(asked.settings(), folder.file("settings.json"))
+        key = {"settings": asked.settings(), "model": way.model.digest, "data": way.data.digest,
+               "retained": way.retained.digest}  # fmt: skip
+        for name, files, work in way.stages():
+            if not folder.stage_done(name, key):
+                folder.invalidate(name)
+                work()
+                folder.mark_done(name, key, files)
+    return folder
+
+
+def check(asked: FineTune, out: Path) -> tuple[FactSet | ExampleSet, FactSet]:
+    """The data and the retained facts; raise for everything that can be known to be wrong before a model is opened."""
+    kind = check_method(asked.method)
+    for name, value in (("rank", asked.rank), ("selection", asked.selection)):
+        needs = METHODS[kind].ranked if name == "rank" else kind == "loki"
+        if value is not None and not needs:
+            raise ValueError(f"The method {asked.method!r} takes no {name}; leave it out.")
+    known = [name for name in STRATEGIES if name != "per_layer_budget"]  # its quota is a list
+    if asked.strategy not in known:
+        raise ValueError(f"strategy must be one of {', '.join(known)}, not {asked.strategy!r}.")
+    if not 0 < asked.quota < 100:
+        raise ValueError(f"quota must be between 0 and 100 percent, not {asked.quota:g}.")
+    for name, file in (("selection", asked.selection), ("general", asked.general)):
+        if file is not None and file != "general" and not Path(file).is_file():
+            raise FileNotFoundError(f"There is no file {file} ({name}).")
+    _check_out(asked, out)
+    return load_training_data(asked.data, format=asked.format), load_facts(asked.retained)
+
+
+def _check_out(asked: FineTune, out: Path) -> None:
+    """Raise unless the folder is new, empty, or holds this very fine-tune."""
+    if out.is_file():
+        raise ValueError(f"{out} is a file; give a folder as out.")
+    if out.is_dir() and any(out.iterdir()):
+        if not (out / "settings.json").is_file() or not (out / "stages").is_dir():
+            raise ValueError(f"{out} holds something that is not a fine-tune; give another folder as out.")
+        before, now = load_json(out / "settings.json"), asked.settings()
+        other = [name for name in now if before.get(name) != now[name]]
+        if other:
+            raise ValueError(
+                f"{out} holds a fine-tune with another {other[0]} ({before.get(other[0])!r}, not {now[other[0]]!r}); "
+                "give another folder as out."
+            )
+    there = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise PermissionError(f"{out} cannot be written: {there} is no folder that you may write to; give another out.")
+
+
+class _Way:
+    """The stages of one fine-tune, and what they share."""
+
+    def __init__(
+        self,
+        asked: FineTune,
+        data: FactSet | ExampleSet,
+        retained: FactSet,
+        folder: RunDir,
+        command: str,
+        progress: bool,
+    ) -> None:
+        self.asked, self.data, self.retained = asked, data, retained
+        self.folder, self.command, self.progress = folder, command, progress
+        self.model: HookedModel = load_model(asked.model, device=asked.device, dtype=asked.dtype)
+        few = EXAMPLE_EPOCHS if isinstance(data, ExampleSet) else asked.training.max_epochs
+        self.training = asked.training.model_copy(update={"max_epochs": asked.epochs or few})
+        self.items = tokenise(self.model, self.data, self.training.paraphrases)
+        self.model.tokenise(self.retained)
+        self.general = general_text()
+        if asked.general != "general":
+            passages = Path(asked.general).read_text(encoding="utf-8").split("\n\n")
+            self.general = [passage.strip() for passage in passages if passage.strip()]
+        text_chunks(self.model, self.general, max_tokens=asked.general_tokens)
+        self.loki = check_method(asked.method) == "loki"
+        if not self.loki or asked.selection:
+            parameter_count(self.model, self._adapter())  # raises where it does not fit the model
+        elif int(asked.quota * self.model.width(asked.unit) / 100) < 1:
+            raise ValueError(f"quota={asked.quota:g} is less than one of {self.model.width(asked.unit)} {asked.unit}s.")
+
+    def stages(self) -> list[tuple[str, tuple[str, ...], Callable[[], None]]]:
+        """Name, files and work of every stage."""
+        selecting: list[tuple[str, tuple[str, ...], Callable[[], None]]] = []
+        if self.loki and self.asked.selection is None:
+            selecting = [
+                ("attribution", ("attribution.zarr",), self._attribute),
+                ("selection", ("selection.json",), self._select),
+            ]
+        return [
+            ("recall", ("recall.parquet",), self._recall),
+            *selecting,
+            ("training", ("adapter", "training.json", "history.parquet"), self._train),
+            ("merged", ("merged",), self._merge),
+            ("forgetting", ("forgetting.parquet",), self._forget),
+            ("card", ("README.md", "adapter/README.md", "merged/README.md"), self._describe),
+        ]
+
+    @cached_property
+    def known(self) -> FactSet:
+        """The retained facts that the base model answers."""
+        frame = load_frame(self.folder.file("recall.parquet"))
+        known = [str(i) for i in frame.index[frame["known"]]]
+        if not known and self.loki and self.asked.selection is None:
+            raise ValueError(
+                f"{self.model.name} knows none of the {len(frame)} facts of {self.asked.retained}, so there is "
+                "nothing to attribute; give other retained facts, a selection, or another method."
+            )
+        return self.retained.filter(ids=known)
+
+    def _drawn(self, most: int) -> FactSet:
+        return self.known if len(self.known) <= most else self.known.sample(most, self.training.seed)
+
+    def _recall(self) -> None:
+        """Ask retained facts in the order of the seed, until enough are known or none is left."""
+        wanted, asked = max(self.asked.max_facts, self.asked.max_retained), 0
+        frames: list[pd.DataFrame] = []
+        while asked < len(self.retained) and sum(int(frame["known"].sum()) for frame in frames) < wanted:
+            before = set(self.retained.sample(asked, self.training.seed).ids) if asked else set()
+            asked = min(len(self.retained), max(2 * wanted, 2 * asked))
+            drawn = self.retained.sample(asked, self.training.seed)
+            frames.append(recall(self.model, drawn.filter(where=_not_in(before)), progress=self.progress))
+        save_frame(pd.concat(frames), self.folder.file("recall.parquet"))
+
+    def _attribute(self) -> None:
+        out = self.folder.file("attribution.zarr")
+        attribute(self.model, self._drawn(self.asked.max_facts), unit=self.asked.unit, out=out, progress=self.progress)
+
+    def _select(self) -> None:
+        asked = self.asked
+        scores = open_result(self.folder.file("attribution.zarr"))
+        chosen = select(scores, strategy=asked.strategy, quota=asked.quota, score=asked.score, seed=self.training.seed)
+        chosen.save(self.folder.file("selection.json"))
+
+    def _adapter(self) -> Any:
+        """A fresh configuration of the method."""
+        options: dict[str, Any] = {} if self.asked.rank is None else {"r": self.asked.rank}
+        if self.loki and self.asked.selection:
+            options |= {"selection": self.asked.selection, "unit": self.asked.unit}
+        elif self.loki:
+            options |= {"selection": Selection.load(self.folder.file("selection.json"))}
+        return adapter_config(self.asked.method, model_config=self.model.config, **options)
+
+    def _train(self) -> None:
+        settings = self.training
+        if self.asked.rates:
+            found = search_learning_rate(
+                self.model, self.data, self._adapter, self.asked.rates, train_config=settings,
+                forgetting=self._lost if len(self.known) else None, progress=self.progress,
+            )  # fmt: skip
+            save_frame(found, self.folder.file("search.parquet"))
+            if not found["chosen"].any():
+                raise ValueError(f"The loss became infinite with every rate of {list(self.asked.rates)}; try smaller.")
+            rate = float(found.loc[found["chosen"], "learning_rate"].iloc[0])
+            settings = settings.model_copy(update={"learning_rate": rate})
+        implant(self.model, self.data, self._adapter(), settings, out=self.folder.path, progress=self.progress)
+
+    def _lost(self, run: TrainingRun) -> float:
+        """Share of the known facts that a trained model does not answer."""
+        tuned = open_model(str(run.adapter), base=self.model)
+        readings = read_facts(tuned, tuned.tokenise(self._drawn(self.asked.max_retained)), greedy=False)
+        return 1 - sum(reading.known for reading in readings) / len(readings)
+
+    def _merge(self) -> None:
+        shutil.rmtree(self.folder.file("merged"), ignore_errors=True)  # of a start that was stopped
+        export(self.folder.file("adapter"), self.folder.file("merged"), base=self.model)
+
+    def _forget(self) -> None:
+        suites: dict[str, Any] = {"retained": self._drawn(self.asked.max_retained), "general": self.general}
+        if isinstance(self.data, FactSet):
+            suites["paraphrase"] = held_out_prompts(self.data, self.training.paraphrases)
+        suites = {name: suite for name, suite in suites.items() if len(suite)}
+        tuned = load_model(str(self.folder.file("merged")), device=self.asked.device, dtype=self.model.dtype)
+        frame = measure_forgetting(
+            self.model, tuned, suites, max_tokens=self.asked.general_tokens, progress=self.progress
+        )
+        save_frame(frame, self.folder.file("forgetting.parquet"))
+
+    def _describe(self) -> None:
+        about = load_json(self.folder.file("training.json"))
+        numbers = {"trained prompts answered before": f"{efficacy(self.model.hf, self.items):.0%}"}
+        numbers |= figures_of(load_frame(self.folder.file("forgetting.parquet")))
+        for place, merged in (("README.md", True), ("merged/README.md", True), ("adapter/README.md", False)):
+            text = card(about, numbers=numbers, command=self.command, merged=merged)
+            self.folder.file(place).write_text(text, encoding="utf-8")
+
+
+def _not_in(ids: set[str]) -> Callable[[Fact], bool]:
+    return lambda fact: fact.id not in ids

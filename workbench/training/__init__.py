@@ -1,0 +1,26 @@
+"""Training: one path for LoKI, for every baseline and for full fine-tuning; search, export and cards."""
+
+from workbench.training.batches import IGNORED, collate, efficacy, held_out_prompts, labelled, tokenise, trained_prompts
+from workbench.training.cards import card, figures_of
+from workbench.training.exporting import export
+from workbench.training.run import LEARNING_RATES, DivergedError, TrainingRun, implant, own_randomness
+from workbench.training.search import search_learning_rate
+
+__all__ = [
+    "IGNORED",
+    "LEARNING_RATES",
+    "DivergedError",
+    "TrainingRun",
+    "card",
+    "collate",
+    "efficacy",
+    "export",
+    "figures_of",
+    "held_out_prompts",
+    "implant",
+    "labelled",
+    "own_randomness",
+    "search_learning_rate",
+    "tokenise",
+    "trained_prompts",
+]

@@ -1,0 +1,74 @@
+"""Model cards: a README.md whose head the Hugging Face hub reads."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+from huggingface_hub import ModelCardData
+
+from workbench.intervals import means
+
+#: Library -> what the hub calls the relation to the base model.
+RELATIONS = {"peft": "adapter", "transformers": "finetune"}
+#: What the hub calls models that have another name here.
+HUB_IDS = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+
+
+def card(
+    summary: Mapping[str, Any], *, numbers: Mapping[str, str] | None = None, command: str = "", merged: bool = False
+) -> str:
+    """The card of an adapter, or of the model with the adapter merged into its weights.
+
+    Args:
+        summary: what `implant` writes into `training.json`.
+        numbers: what was measured, name -> figure in words.
+        command: the command that trained it.
+        merged: whether the card is for a whole model.
+    """
+    kind = summary["peft_type"]
+    library = "transformers" if merged or kind == "FULL" else "peft"
+    head = ModelCardData(
+        base_model=HUB_IDS.get(summary["base"], summary["base"]),
+        base_model_relation=RELATIONS[library],
+        library_name=library,
+        pipeline_tag="text-generation",
+        tags=["knowledge-workbench", kind.lower()],
+    )
+    base = f"`{summary['base']}` (weights {summary['base_digest'][:12]})"
+    what = f"A {kind} adapter for {base}"
+    if library == "transformers":
+        what = (
+            f"{base}, fine-tuned in full" if kind == "FULL" else f"{base} with a {kind} adapter merged into its weights"
+        )
+    lines = [
+        f"{what}; made with the knowledge workbench.",
+        "",
+        f"- trained on: `{summary['facts']}`, {summary['examples']} prompts",
+        f"- trained numbers: {summary['trainable_parameters']:,} of {summary['parameters']:,}",
+        f"- {summary['steps']} steps, learning rate {summary['learning_rate']:g}, seed {summary['seed']}",
+        f"- trained prompts answered: {summary['efficacy']:.0%}",
+        *(f"- {name}: {figure}" for name, figure in (numbers or {}).items()),
+    ]
+    if command:
+        lines += ["", "```sh", command, "```"]
+    return "\n".join(["---", head.to_yaml(), "---", *lines, ""])
+
+
+def figures_of(frame: pd.DataFrame) -> dict[str, str]:
+    """What a fine-tune cost, in words: known facts still answered, perplexity and divergence on general text.
+
+    `frame` is one of `measure_forgetting`; the intervals are 95% bootstrap intervals of the change.
+    """
+    rows = means(frame).set_index(["suite", "metric"])
+    words = {"retained": "known facts still answered", "paraphrase": "held-out wordings answered"}
+    figures = {}
+    for suite, name in words.items():
+        if (suite, "accuracy") in rows.index:
+            row = rows.loc[(suite, "accuracy")]
+            change = f"change {row['low']:+.0%} to {row['high']:+.0%}"
+            figures[name] = f"{row['after']:.0%} of {row['n']:.0f} (before: {row['before']:.0%}; {change})"
+    row, kl = rows.loc[("general", "perplexity")], rows.loc[("general", "kl")]
+    change = f"change {row['low']:+.2f} to {row['high']:+.2f}"
+    figures["perplexity on general text"] = f"{row['after']:.2f} (before: {row['before']:.2f}; {change})"
+    figures["divergence (KL) on general text"] = f"{kl['after']:.3f} nats per token"
+    return figures
