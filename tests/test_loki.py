@@ -1,4 +1,5 @@
 import copy
+import json
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from workbench.loki import (
     trainable_parameters,
 )
 from workbench.loki.sites import Site
+from workbench.selection import Selection
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -351,6 +353,32 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         model(input_ids=IDS, labels=IDS).loss.backward()
         grads.append([p.grad for p in model.parameters() if p.requires_grad])
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+def test_gradient_checkpointing_beside_a_copy_of_the_weight(copied):
+    test_gradient_checkpointing_gives_the_same_gradients()
+    assert copied
+
+
+def test_a_position_file_of_the_published_shape_trains_and_is_written_back(tmp_path):
+    generator = torch.Generator().manual_seed(1)
+    published = [torch.randperm(896, generator=generator)[:89].tolist() for _ in range(24)]
+    (tmp_path / "positions.json").write_text(json.dumps(published))
+    selection = Selection.from_positions(tmp_path / "positions.json", unit="node", n_units=896, n_layers=24)
+    shape = {"hidden_size": 896, "num_attention_heads": 14, "num_key_value_heads": 2, "num_hidden_layers": 24}
+    model = AutoModelForCausalLM.from_config(Qwen2Config(**shape, intermediate_size=16, vocab_size=40))
+    before = plain(model)
+    model = get_peft_model(model, LokiConfig(selection=selection))
+    train(model, steps=1)
+    merged = model.merge_and_unload().state_dict()
+    changed = {name: value != before[name] for name, value in merged.items() if not torch.equal(value, before[name])}
+    assert len(changed) == 24
+    for name, moved in changed.items():
+        layer = int(name.split(".")[2])
+        assert name.endswith("down_proj.weight")
+        assert sorted(moved.any(1).nonzero()[:, 0].tolist()) == sorted(published[layer])
+    assert json.loads(selection.to_positions(tmp_path / "again.json").read_text()) == published
 
 
 def test_safe_merge_refuses_what_is_not_finite():

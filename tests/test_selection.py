@@ -116,6 +116,22 @@ def test_order_of_facts_and_chunks_change_nothing(strategy, monkeypatch):
     assert select(dataset(scores * rng.normal(size=scores.shape)), strategy=strategy, quota=40) != whole
 
 
+def test_scores_are_read_again_only_where_rounding_could_decide(monkeypatch):
+    reads, chunks = [], voting.ScoreSource.chunks
+    monkeypatch.setattr(voting.ScoreSource, "chunks", lambda source: reads.append(1) or chunks(source))
+    for strategy in VOTING:
+        select(dataset(distinct(0, 9, 3, 30)), strategy=strategy, quota=20)
+    assert len(reads) == len(VOTING)
+    reads.clear()
+    tenths = np.array([[0.1, 0.6], [0.2, 0.4], [0.3, -0.4]], dtype=np.float32)  # both add to 0.6, or nearly so
+    scores = np.concatenate([tenths, tenths[:, ::-1]])[:, None]
+    assert select(dataset(scores), quota=50).rows(0) == select(dataset(scores[::-1]), quota=50).rows(0) == [0]
+    assert len(reads) == 4
+    reads.clear()
+    assert select(dataset(np.zeros((4, 1, 6))), quota=50).rows(0) == [0, 1, 2]  # nothing was rounded
+    assert len(reads) == 1
+
+
 @EXAMPLES
 @given(units=st.integers(2, 60), quota=st.floats(0.1, 99.9).map(lambda q: round(q, 1)), seed=st.integers(0, 9))
 def test_quotas_are_met(units, quota, seed):

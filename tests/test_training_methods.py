@@ -249,3 +249,15 @@ def test_methods_that_do_not_fit_are_one_sentence() -> None:
     for method in ("kasa", "shira", "olora"):
         with pytest.raises(ValueError, match="Conv1D layers of gpt2"):
             adapter_config(method, model_config=tiny("gpt2").config)
+
+
+def test_kasa_adds_its_own_terms_to_the_loss() -> None:
+    first = {}
+    for gamma in (0.0, 10.0, 20.0):
+        config = config_of("kasa", "llama")
+        config.kasa_config.gamma = gamma
+        settings = QUICK.model_copy(update={"max_epochs": 1, "batch_size": len(FACTS)})
+        first[gamma] = implant(tiny("llama"), FACTS, config, settings, progress=False).history["loss"][0]
+    added = first[10.0] - first[0.0]
+    assert added > 10 * 3 * 2.0  # B = 0 at the start: |B'B - 1| = sqrt(4) in each of three layers
+    assert first[20.0] - first[0.0] == pytest.approx(2 * added, rel=1e-4)

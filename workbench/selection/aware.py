@@ -62,7 +62,7 @@ def layer_budgets(total: int, collision: np.ndarray, weight: float, n_units: int
     >>> layer_budgets(6, np.array([1.0, 0.0, -1.0]), 1.0, 10), layer_budgets(6, np.array([1.0, 0.0, -1.0]), 0.0, 10)
     ([0, 2, 4], [2, 2, 2])
     """
-    share = np.maximum(0.0, 1.0 - weight * collision)
+    share = np.maximum(0.0, 1.0 + weight * collision)
     ideal = np.zeros(len(share))
     while (left := total - ideal.sum()) > 1e-6:
         room = ideal < n_units
