@@ -45,7 +45,7 @@ class TrainConfig(_Section):
     weight_decay: float = Field(0.01, ge=0, description="AdamW's weight decay")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     paraphrases: int = Field(0, ge=0, description="paraphrases of a fact that are trained too; the rest is held out")
-    lora_rank: int = Field(16, ge=1, description="rank of LoRA")
+    lora_rank: int = Field(16, ge=1, description="rank of the methods that have one, LoKI aside")
     seed: int = Field(0, ge=0, description="seed of initialisation and data order")
 
 

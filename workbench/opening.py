@@ -45,7 +45,7 @@ def open_model(
         merged, tokenizer = load_adapted(folder, base, dtype=dtype, device=device, tokenizer=tokenizer)
         cast(Any, merged).config._name_or_path = f"{folder} merged"
         return load_model(merged, tokenizer=tokenizer)
-    return load_model(str(model), device=device, dtype=dtype, tokenizer=tokenizer)
+    return load_model(str(getattr(model, "adapter", model)), device=device, dtype=dtype, tokenizer=tokenizer)
 
 
 def _trained_on(folder: Path, beside: HookedModel | None, device: str, dtype: str) -> HookedModel:

@@ -18,7 +18,7 @@ from workbench.config import Config
 from workbench.facts import FactSet, general_text, load_facts
 from workbench.forgetting import measure_forgetting
 from workbench.interfere import interference
-from workbench.loki import adapter_config
+from workbench.loki import BASELINES, METHODS, adapter_config, check_method
 from workbench.models import HookedModel, load_model
 from workbench.opening import open_model
 from workbench.recollection import recall, text_chunks
@@ -48,8 +48,6 @@ LOKI_METHODS: dict[str, dict[str, Any]] = {
     "loki_highest": {"strategy": "global_highest"},
     "loki_lowest": {"strategy": "global_lowest"},
 }
-#: Baselines that need no selection.
-BASELINES = ("lora", "rslora", "dora")
 
 
 @dataclass(frozen=True)
@@ -213,7 +211,7 @@ class _Way:
         select(scores, **self._selection(method)).save(self.folder.file(f"selection/{method}.json"))
 
     def _implant(self, method: str) -> None:
-        options: dict[str, Any] = {"r": self.config.training.lora_rank}
+        options: dict[str, Any] = {"r": self.config.training.lora_rank} if METHODS[check_method(method)].ranked else {}
         if method in LOKI_METHODS:
             options = {"selection": Selection.load(self.folder.file(f"selection/{method}.json"))}
         adapter = adapter_config(method, model_config=self.model.config, **options)

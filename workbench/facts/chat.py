@@ -43,7 +43,7 @@ class Chat:
 
     def prompt(self, text: str) -> str:
         """The conversation with `text` as the user's message, up to where the model starts to answer."""
-        rendered = self._rendered([{"role": "user", "content": text}], add_generation_prompt=True)
+        rendered = self.rendered([{"role": "user", "content": text}], add_generation_prompt=True)
         if text.strip() not in rendered:
             raise ValueError(f"The chat template of {self.name} does not show the message {text!r:.60} as it is.")
         return rendered
@@ -51,12 +51,13 @@ class Chat:
     def gap(self) -> str:
         """White space that the template puts between its generation prompt and the model's words (mostly none)."""
         asked, said = {"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"}
-        start = self._rendered([asked], add_generation_prompt=True)
-        whole = self._rendered([asked, said], add_generation_prompt=False)
+        start = self.rendered([asked], add_generation_prompt=True)
+        whole = self.rendered([asked, said], add_generation_prompt=False)
         between, found, _ = whole.removeprefix(start).partition("Answer")
         return between if whole.startswith(start) and found and not between.strip() else ""
 
-    def _rendered(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+    def rendered(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+        """The text of a conversation, with the beginning of an answer at its end if wished."""
         try:
             return self.tokenizer.apply_chat_template(
                 [*self.before, *messages],

@@ -204,8 +204,8 @@ def _turns(example: Example, tokenizer: Any, chat: Chat) -> tuple[str, list[tupl
         {"role": one.role, "content": next(marks) if one.role == "assistant" else one.content}
         for one in example.messages
     ]
-    whole = chat._rendered([_plain(one) for one in example.messages], add_generation_prompt=False)
-    frame = chat._rendered(marked, add_generation_prompt=False)
+    whole = chat.rendered([_plain(one) for one in example.messages], add_generation_prompt=False)
+    frame = chat.rendered(marked, add_generation_prompt=False)
     text, spans = "", []
     for number, words in enumerate(said):
         before, found, frame = frame.partition(f"Qx{number}answer{number}xQ")
