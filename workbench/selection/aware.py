@@ -50,7 +50,7 @@ def interference_aware(source: ScoreSource, quota: Quota, seed: int, *, evidence
     tallied = tally(source, lambda chunk: votes_per_layer(chunk, budgets))
     voted = tallied.votes / source.scores.sizes["fact"]
     utility = voted - weight["load"] * evidence.load + weight["new"] * evidence.help
-    return elect(source, utility, tallied, budgets)  # rounded, so that equal sums of fractions stay ties
+    return elect(source, utility.round(12), tallied, budgets)  # rounded, so that equal sums of fractions stay ties
 
 
 def layer_budgets(total: int, collision: np.ndarray, weight: float, n_units: int) -> list[int]:
