@@ -32,7 +32,7 @@ from workbench.results import provenance, save_json
 
 HERE = Path(__file__).resolve().parent
 MIDDLE = {"facts": 16, "tokens": 45, "steps": 7}
-QUANTITIES = {"facts": (1, 4, 16, 64), "tokens": (20, 45, 155, 400), "layers": (5, 10, 20, 30), "steps": (1, 4, 16)}
+QUANTITIES = {"facts": (1, 4, 16, 48), "tokens": (20, 45, 90, 155), "layers": (5, 10, 20, 30), "steps": (1, 4, 16)}
 SMOKE = {"facts": (1, 3), "tokens": (20, 40), "layers": (1, 2), "steps": (1, 4)}
 
 

@@ -8,7 +8,18 @@ from test_engine import naive
 from tiny import FACTS, TOKENISED, random_model, tiny, tokenizer
 
 from workbench import path
-from workbench.attribution import FIXED, METHODS, attribute, by_fact, by_layer, scoring, strongest
+from workbench.attribution import (
+    FIXED,
+    METHODS,
+    attribute,
+    batches,
+    by_fact,
+    by_layer,
+    checked_settings,
+    scoring,
+    strongest,
+)
+from workbench.engine import Room
 from workbench.facts import FactSet
 from workbench.metrics import OBJECTIVES, logprob
 from workbench.models import load_model
@@ -328,3 +339,28 @@ def test_three_real_facts_equal_the_naive_loop() -> None:
 def test_tokenised_examples_cover_answers_of_several_tokens() -> None:
     assert sorted(len(fact.answer_ids) for fact in TOKENISED) == [1, 2, 3]
     assert {len(fact.answer_ids) for fact in FACTS.tokenise(tokenizer())} == {1, 2, 3}
+
+
+def test_a_pass_has_room_for_the_longest_fact_of_its_batch() -> None:
+    """Facts of very different lengths: no pass of whole prompts has more rows than fit, and every fact is scored."""
+    words = "one two three four five six seven eight red blue green sky"
+    records = [{"id": str(n), "prompt": " ".join(words.split()[: n + 1]), "answer": "Paris"} for n in range(12)]
+    facts = FactSet.from_records(records, name="skewed")
+    tokens = tiny("llama").tokenise(facts)
+    settings = checked_settings("ig", "node", 4, "midpoint", "zero", "all", "logprob", "gold", 0.05, 0)
+    room = Room(96)
+    found = list(batches(tokens, range(12), settings, room, "auto"))
+    assert sorted(i for one in found for i in one) == list(range(12))
+    for one in found:
+        longest = max(len(tokens[i].ids) for i in one)
+        assert len(one) == 1 or len(one) * longest <= room.rows
+    assert max(map(len, found)) > 1
+    assert [len(one) for one in batches(tokens, range(12), settings, room, 5)] == [5, 5, 2]
+
+
+@pytest.mark.parametrize("method", ["ablation", "ig", "grad_x_act", "loki-code", "kn"])
+def test_every_definition_runs_in_float64(method: str) -> None:
+    exact = load_model(random_model("llama"), tokenizer=tokenizer(), dtype="float64")
+    unit = "neuron" if method == "kn" else "node"
+    double, single = (run(model, FACTS, method=method, unit=unit)["score"].values for model in (exact, tiny("llama")))
+    np.testing.assert_allclose(double, single, atol=2e-3 * np.abs(single).max())

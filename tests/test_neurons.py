@@ -447,6 +447,8 @@ def test_the_command_erases_and_edits(tmp_path, monkeypatch, capsys) -> None:
     for rest, sentence in (
         (["--edit", "nobody", "--to", new], "no fact 'nobody'"),
         (["--edit", fact.id], "belong together"),
+        (["--edit", fact.id, "--to", " "], "is empty"),
+        (["--effect", "erase", "--unit", "node"], "no value vector"),
         (["--edit", fact.id, "--to", fact.answer], "begin with the same token"),
     ):
         assert call(monkeypatch, "neurons", *common, *rest) == 1

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from test_store import names
 from tiny import FACTS, saved, tiny
 
 from workbench.attribution import METHODS, attribute
+from workbench.facts import FactSet
 from workbench.planning import QUERIES, Plan, plan
 from workbench.results import open_result
 
@@ -50,6 +52,23 @@ def test_passes_and_rows_are_those_of_the_run(options: dict[str, Any]) -> None:
     with forwards(model) as rows:  # negative control: another number of facts is another number of rows
         attribute(model, FACTS[:5], progress=False, **options)
     assert planned.rows != sum(rows)
+
+
+def test_passes_are_counted_where_whole_logits_and_a_shared_beginning_are_held() -> None:
+    """Gemma 2 caps its logits, so fewer rows fit; prompts that begin alike run their beginning once."""
+    beginning = "one two three four five six seven eight big small sky grass"
+    longer = (replace(fact, prompt=f"{beginning} {fact.prompt}", paraphrases=()) for fact in FACTS[:5])
+    several: tuple[dict[str, Any], ...] = (
+        {"method": "ablation", "memory": 0.00012},
+        {"steps": 4, "memory": 5e-5},
+        {"method": "grad_x_act"},
+    )
+    for facts in (FACTS, FactSet("alike", tuple(longer))):
+        for options in several:
+            planned = plan(tiny("gemma2"), facts, **options)
+            with forwards(tiny("gemma2")) as rows:
+                attribute(tiny("gemma2"), facts, progress=False, **options)
+            assert (planned.passes, planned.rows) == (len(rows), sum(rows))
 
 
 def test_one_layer_is_measured_where_a_method_takes_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ from workbench.results import (
     save_json,
     save_result,
 )
-from workbench.selection import STRATEGIES, Selection, select
+from workbench.selection import READ_INTERFERENCE, STRATEGIES, Selection, select
 from workbench.semantics import measure_drift
 from workbench.training import held_out_prompts, implant
 
@@ -208,7 +208,10 @@ class _Way:
 
     def _select(self, method: str) -> None:
         scores = open_result(self.folder.file("attribution.zarr"))
-        select(scores, **self._selection(method)).save(self.folder.file(f"selection/{method}.json"))
+        settings = self._selection(method)
+        if settings["strategy"] in READ_INTERFERENCE:
+            settings["interference"] = open_result(self.folder.file("interference.zarr"))
+        select(scores, **settings).save(self.folder.file(f"selection/{method}.json"))
 
     def _implant(self, method: str) -> None:
         options: dict[str, Any] = {"r": self.config.training.lora_rank} if METHODS[check_method(method)].ranked else {}

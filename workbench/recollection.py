@@ -109,6 +109,11 @@ def _read_batch(model: HookedModel, facts: Sequence[TokenisedFact], greedy: bool
     readings = []
     for row, fact in enumerate(facts):
         own = logits[row, -len(fact.answer_ids) :]
+        if own.isnan().any():
+            raise ValueError(
+                f"{model.name} gives numbers that are not finite on fact {fact.fact_id!r}; open it with "
+                'dtype="float32", or check its weights.'
+            )
         target = torch.tensor(fact.answer_ids, device=own.device)
         ranks = rank(own, target).tolist()
         readings.append(

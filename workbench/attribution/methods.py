@@ -74,7 +74,7 @@ def ablation(problem: Problem) -> Scores:
             rows = torch.arange(len(units), device=units.device)
             points[:, rows, :, units] = path.baseline[layer][:, :, units].permute(2, 0, 1)
             values = run_queries(path.model, clean, path.unit, {layer: points}, path.objective)
-            score[:, layer, units] = path.end[:, None] - values
+            score[:, layer, units] = (path.end[:, None] - values).to(score.dtype)
     return score
 
 

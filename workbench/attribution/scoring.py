@@ -15,7 +15,17 @@ from tqdm import tqdm
 
 from workbench.attribution.methods import METHODS, Problem
 from workbench.attribution.settings import Settings, checked_settings
-from workbench.engine import Batch, Clean, Room, check_engine, make_batch, out_of_memory, room_for, run_clean
+from workbench.engine import (
+    FACTS_PER_PASS,
+    Batch,
+    Clean,
+    Room,
+    check_engine,
+    make_batch,
+    out_of_memory,
+    room_for,
+    run_clean,
+)
 from workbench.facts import FactSet, TokenisedFact
 from workbench.metrics import OBJECTIVES, logprob
 from workbench.models import HookedModel
@@ -193,9 +203,19 @@ def batches(
     """
     order = sorted(todo, key=lambda i: (len(facts[i].answer_ids), len(facts[i].prompt_ids), facts[i].ids, i))
     while order:
-        first = facts[order[0]]
-        size = batch_size if isinstance(batch_size, int) else room.facts(len(first.ids), settings.scope == "all")
-        size = min(size, room.most)
-        same = [i for i in order[:size] if len(facts[i].answer_ids) == len(first.answer_ids)]
-        yield same
-        order = order[len(same) :]
+        most = min(room.most, batch_size if isinstance(batch_size, int) else FACTS_PER_PASS)
+        same = _together([facts[i] for i in order[:most]], settings, room, isinstance(batch_size, int))
+        yield order[:same]
+        order = order[same:]
+
+
+def _together(facts: Sequence[TokenisedFact], settings: Settings, room: Room, asked: bool) -> int:
+    """How many of these facts, shorter ones first, to score together: each is padded to the longest, the last.
+
+    Where so many were `asked` for, only a change in the number of answer tokens ends a batch.
+    """
+    for count, fact in enumerate(facts):
+        fits = asked or count < max(1, room.facts(len(fact.ids), settings.scope == "all"))
+        if not fits or len(fact.answer_ids) != len(facts[0].answer_ids):
+            return count
+    return len(facts)

@@ -72,6 +72,10 @@ def neurons_command(
         raise ValueError("--effects-out needs --effect or --edit.")
     if (edit is None) != (to is None):
         raise ValueError("--edit, the id of a fact, and --to, its new answer, belong together.")
+    if to is not None and not to.strip():
+        raise ValueError("--to, the new answer of --edit, is empty.")
+    if unit == "node" and (effect == "erase" or edit is not None):
+        raise ValueError("A node has no value vector to erase or edit; use --unit neuron, or --effect suppress.")
     if effect != "none" and edit is not None:
         raise ValueError("--effect and --edit are two tests; start one after the other.")
     asked: dict[str, Any] = {"format": format, "chat": chat, "known_only": known_only, "sample": sample, "seed": seed}

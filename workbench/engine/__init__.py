@@ -5,9 +5,10 @@ from workbench.engine.check import check_engine
 from workbench.engine.clean import Clean, run_clean
 from workbench.engine.queries import Points, clean_gradients, run_queries
 from workbench.engine.reading import readout
-from workbench.engine.room import ROWS_PER_PASS, Room, out_of_memory, room_for
+from workbench.engine.room import FACTS_PER_PASS, ROWS_PER_PASS, Room, out_of_memory, room_for
 
 __all__ = [
+    "FACTS_PER_PASS",
     "ROWS_PER_PASS",
     "Batch",
     "Clean",

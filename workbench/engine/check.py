@@ -1,7 +1,7 @@
 """The engine against plain hooks, once per model: what it does not reproduce is refused by name."""
 
 from itertools import cycle, islice
-from math import inf, isnan
+from math import inf, isfinite, isnan
 from weakref import WeakSet
 
 import torch
@@ -36,7 +36,8 @@ def check_engine(model: HookedModel) -> None:
         return
     kind = f"{model.name} ({type(model.hf).__name__})"
     ids = [int(i) for i in probe_ids(model.hf)[0]]
-    beginning = tuple(islice(cycle(ids), LEAST_SHARED))  # so that what is run once for all is compared as well
+    room = LEAST_SHARED if model.max_tokens is None else min(LEAST_SHARED, max(0, model.max_tokens - 6))
+    beginning = tuple(islice(cycle(ids), room))  # so that what is run once for all is compared as well
     facts = [
         TokenisedFact("long", (*beginning, *ids[:4]), tuple(ids[4:6])),
         TokenisedFact("short", (*beginning, *ids[1:3]), (ids[6],)),
@@ -46,6 +47,11 @@ def check_engine(model: HookedModel) -> None:
             gap, layer = _largest_gap(model, facts, unit, scope)
         except (RuntimeError, TypeError, IndexError, KeyError, AttributeError) as error:
             raise ValueError(f"{kind}: the attribution engine cannot run this architecture ({error}).") from error
+        if not isfinite(gap):
+            raise ValueError(
+                f"{kind}: its numbers are not finite where texts of different lengths are padded, as with eager "
+                'attention in float64; open it with dtype="float32".'
+            )
         if not gap <= ENGINE_TOLERANCE[model.dtype]:
             raise ValueError(
                 f"{kind}: the attribution engine and plain hooks differ by {gap:.1e} at layer {layer}, "

@@ -88,9 +88,20 @@ class HookedModel:
 
     @property
     def max_tokens(self) -> int | None:
-        """The longest text in tokens, or None where the architecture sets no limit."""
+        """The longest text in tokens, or None where the architecture sets no limit.
+
+        Rotary tables that change with the longest text of a batch (longrope, dynamic) set theirs where they change:
+        beyond it what is read of a text would depend on the others in its batch.
+        """
         text = self.config.get_text_config()
-        return getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+        limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+        rope = getattr(text, "rope_parameters", None) or {}
+        kinds = [one for one in (rope, *rope.values()) if isinstance(one, Mapping)]  # one, or one a kind of layer
+        if any(one.get("rope_type") in ("longrope", "dynamic") for one in kinds):
+            firsts = [one.get("original_max_position_embeddings") for one in kinds]
+            firsts.append(getattr(text, "original_max_position_embeddings", None))
+            return min(first for first in (*firsts, limit) if first)
+        return limit
 
     @property
     def W_E(self) -> Float[Tensor, "d_vocab d_embed"]:

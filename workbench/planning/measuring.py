@@ -6,13 +6,13 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from workbench.attribution import LAYER_BY_LAYER, Settings, Work, batches, checked_settings, prepare, score_batch
-from workbench.engine import Room, check_engine, out_of_memory
+from workbench.engine import Room, check_engine, make_batch, out_of_memory, run_clean
 from workbench.facts import FactSet, TokenisedFact
 from workbench.models import HookedModel, peak_memory
 from workbench.planning.counting import counts, query_rows
@@ -58,7 +58,7 @@ def plan(
     check_engine(model)
     checking = time.perf_counter() - started
     measured = _measured(model, groups, settings, work)
-    passes, rows = _work(model, groups, settings, work.room, measured.samples)
+    passes, rows = _work(model, groups, settings, _room_of_passes(model, groups, work.room), measured.samples)
     seen, spent = sum(s.rows for s in measured.samples), sum(s.seconds for s in measured.samples)
     return Plan(
         settings=settings,
@@ -136,6 +136,14 @@ def _scored(model: HookedModel, group: Group, settings: Settings, room: Room) ->
         raise ValueError(
             f"Memory ran out on a sample of {len(group)} facts: give batch_size=1, or less memory=."
         ) from error
+
+
+def _room_of_passes(model: HookedModel, groups: Sequence[Group], room: Room) -> Room:
+    """The rows of a pass as scoring takes them: fewer where whole logits are held."""
+    if not groups:
+        return room
+    clean = run_clean(model, make_batch(groups[0][:1], model.device), "node")
+    return room if clean.plain_head else replace(room, rows=min(room.rows, room.whole))
 
 
 def _work(
