@@ -33,6 +33,7 @@ from workbench.opening import open_model
 from workbench.reporting import publish
 from workbench.results import load_frame, load_json, open_result, provenance, save_frame, save_json, save_result
 from workbench.training import LEARNING_RATES, DivergedError, held_out_prompts, implant
+from workbench.training.methods import kind_of
 from workbench.training.search import choose
 
 HERE = Path(__file__).resolve().parent.parent
@@ -130,11 +131,11 @@ class Study:
 
     def trial(self, method: str, factor: float, seed: int) -> dict[str, Any]:
         """One training and what it forgot: a row, kept with the readings of every fact beside it."""
-        place = self.out / "trials" / f"{method}-{factor:g}-{seed}"
+        place = self._place(method, factor, seed)
         if (place / "trial.json").is_file():
             return load_json(place / "trial.json")
         adapter = self.adapter(method)
-        rate = factor * LEARNING_RATES[str(adapter.peft_type).rsplit(".", 1)[-1]]
+        rate = factor * LEARNING_RATES[kind_of(adapter)]
         row = {"method": method, "factor": factor, "seed": seed, "learning_rate": rate}
         settings = self.settings.model_copy(update={"learning_rate": rate, "seed": seed})
         scratch = place / "training"
@@ -157,6 +158,10 @@ class Study:
         save_json(row, place / "trial.json")
         return row
 
+    def _place(self, method: str, factor: float, seed: int) -> Path:
+        """The folder of a trial."""
+        return self.out / "trials" / f"{method}-{factor:g}-{seed}"
+
     def search(self, method: str) -> float | None:
         """The factor to its default rate with which a method forgets least of the tuning set, on the first seed."""
         rows = [{"trial": n, **self.trial(method, factor, self.seeds[0])} for n, factor in enumerate(self.factors)]
@@ -165,7 +170,7 @@ class Study:
 
     def readings(self, rows: list[dict[str, Any]]) -> pd.DataFrame:
         """What was forgotten in several trials of one method, fact by fact, the mean over trials."""
-        folders = [self.out / "trials" / f"{row['method']}-{row['factor']:g}-{row['seed']}" for row in rows]
+        folders = [self._place(row["method"], row["factor"], row["seed"]) for row in rows]
         frames = [load_frame(folder / "forgetting.parquet") for folder in folders]
         keys = ["suite", "metric", "fact", "weight"]
         return pd.concat(frames).groupby(keys, sort=False)[["before", "after", "change"]].mean().reset_index()

@@ -28,9 +28,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import workbench as wb
 from workbench.loki import LokiConfig, down_projections, trainable_parameters
+from workbench.models import peak_memory
 from workbench.results import provenance, save_json
 
 HERE = Path(__file__).resolve().parent
+CPU = torch.device("cpu")
 RANK = 16
 SHARE = 0.1
 
@@ -119,22 +121,14 @@ def batch_of(folder: str, batch: int, length: int) -> Int[Tensor, "batch pos"]:
     return torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(0))
 
 
-def peak_bytes() -> int:
-    """The most memory that this process ever held (`VmHWM`; the figure of `getrusage` is inherited from the parent)."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("The kernel does not say the peak memory of a process (VmHWM in /proc/self/status).")
-
-
 def child(way: str, folder: str, batch: str, length: str, threads: str) -> None:
     """Take three steps of one way in this process and print the most memory it held."""
     torch.set_num_threads(int(threads))
     steps = Steps(folder, way, batch_of(folder, int(batch), int(length)))
-    before = peak_bytes()
+    before = peak_memory(CPU)
     for _ in range(3):  # the optimiser has its moments from the second on
         steps.step()
-    print(json.dumps({"peak_bytes": peak_bytes(), "peak_before": before}))
+    print(json.dumps({"peak_bytes": peak_memory(CPU), "peak_before": before}))
 
 
 def peak(way: str, folder: str, batch: int, length: int) -> dict[str, int]:

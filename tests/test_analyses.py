@@ -1,34 +1,24 @@
 """Analyses: thin scripts that run, publish what they found, and have an entry in the log."""
 
-import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
+from scripts import HOME, script
 from tiny import FACTS, saved
 
 from workbench.attribution import attribute
 from workbench.models import load_model
 
-HOME = Path(__file__).parent.parent
 SCRIPTS = sorted((HOME / "analyses").glob("*.py"))
 LOG = HOME / "analyses" / "LOG.md"
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"analysis_{name}", HOME / "analyses" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def entries(text: str) -> dict[str, str]:
@@ -76,7 +66,7 @@ def test_panels_are_means_and_ranges_over_seeds() -> None:
         for seed in (0, 1)
     ]
     frame = pd.DataFrame(rows, columns=["suite", "metric", "method", "quota", "seed", "after"])
-    drawn = script("quota_sweep").panels(frame).set_index("panel")
+    drawn = script("analyses", "quota_sweep").panels(frame).set_index("panel")
     assert drawn["mean"].tolist() == [1.0, 0.75, 15.5]
     assert drawn["low"].tolist() == [0.5, 0.25, 15.0]
     assert drawn["high"].tolist() == [1.5, 1.25, 16.0]
@@ -85,7 +75,7 @@ def test_panels_are_means_and_ranges_over_seeds() -> None:
 
 @pytest.mark.real
 def test_quota_sweep_runs_shares_what_it_can_and_publishes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sweep = script("quota_sweep")
+    sweep = script("analyses", "quota_sweep")
     options = ["--smoke", "--out", str(tmp_path / "runs"), "--figures", str(tmp_path / "figures")]
     page = sweep.main(options)
     assert page == tmp_path / "figures" / "quota_sweep.html"
@@ -138,7 +128,7 @@ def smoke(tmp_path: Path) -> list[str]:
 def test_attribution_sweep_publishes_one_frame_and_does_only_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sweep = script("attribution_sweep")
+    sweep = script("analyses", "attribution_sweep")
     page, asked = sweep.main(smoke(tmp_path)), sweep.parsed(smoke(tmp_path))[0]
     assert page == tmp_path / "figures" / "attribution_sweep.html"
     assert {one.stem for one in page.parent.glob("*.html")} == {"attribution_sweep", "attribution_sweep_agreement"}
@@ -182,7 +172,7 @@ def test_attribution_sweep_publishes_one_frame_and_does_only_what_is_missing(
 
 
 def test_attribution_sweep_summarises_by_hand(tmp_path: Path) -> None:
-    sweep = script("attribution_sweep")
+    sweep = script("analyses", "attribution_sweep")
     score = np.array([[[3.0, -2.0, 0.5], [1.0, 0.0, 0.0]], [[1.0, 1.0, 2.0], [0.0, -1.0, 4.0]]])
     other = np.array([[[1.0, 2.0, 3.0], [1.0, 0.0, 0.0]], [[1.0, 1.0, 2.0], [0.0, -1.0, 4.0]]])
     gap = np.array([[0.5, 0.0], [0.0, 1.0]])
@@ -203,7 +193,7 @@ def test_attribution_sweep_summarises_by_hand(tmp_path: Path) -> None:
 
 
 def test_attribution_sweep_refers_to_ablation_where_there_is_one(tmp_path: Path) -> None:
-    sweep = script("attribution_sweep")
+    sweep = script("analyses", "attribution_sweep")
     plan = sweep.Sweep(tmp_path, (), ("node",), ("ig", "kn", "loki-code"), (0, 2, 8), (), "world", 1, True, 0)
     found = list(sweep.cells(plan, "capital", "node"))
     assert [cell.place for cell in found] == [
@@ -215,7 +205,7 @@ def test_attribution_sweep_refers_to_ablation_where_there_is_one(tmp_path: Path)
 
 
 def test_method_comparison_searches_trains_with_every_seed_and_keeps_its_trials(tmp_path: Path, capsys) -> None:
-    comparison = script("method_comparison")
+    comparison = script("analyses", "method_comparison")
     facts = FACTS.save(tmp_path / "facts.jsonl")
     options = ["--smoke", "--all-facts", "--model", str(saved(tmp_path / "model")), "--retained", str(facts)]
     options += ["--quota", "30", "--out", str(tmp_path / "runs"), "--figures", str(tmp_path / "figures")]

@@ -1,6 +1,5 @@
 """The benchmark against the package `knowledge-neurons`: our side, the table, and what it says without the package."""
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -8,10 +7,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from scripts import script
 
 import workbench as wb
-
-HOME = Path(__file__).parent.parent
 
 #: Stands for the process of the package: scores that are all 1 (released) or 2 (aligned), of a given tokenisation.
 WORKER = """
@@ -26,11 +24,7 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    path = HOME / "benchmarks" / "knowledge_neurons.py"
-    spec = importlib.util.spec_from_file_location("benchmark_knowledge_neurons", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("benchmarks", "knowledge_neurons")
 
 
 @pytest.fixture(scope="module")

@@ -1,24 +1,20 @@
 """The benchmark of a training step runs, and its ways compute what they say."""
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from scripts import script
 from transformers import AutoModelForCausalLM
 
-HOME = Path(__file__).parent.parent
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmark_loki_step", HOME / "benchmarks" / "loki_step.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("benchmarks", "loki_step")
 
 
 @pytest.fixture(scope="module")

@@ -1,25 +1,20 @@
 """The benchmark of selections runs, its loop is the published rule, and its figures are what the children say."""
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+from scripts import script
 
 from workbench.results import open_result
 from workbench.selection import select
 
-HOME = Path(__file__).parent.parent
-
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmark_selection", HOME / "benchmarks" / "selection.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("benchmarks", "selection")
 
 
 def test_a_smoke_run_measures_every_way(bench: ModuleType, tmp_path: Path) -> None:

@@ -1,29 +1,24 @@
 """The benchmark runs, checks what it times, and counts the least work as a loop over layers and rows would."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from scripts import HOME, script
 from tiny import FACTS, tiny
 
 import workbench as wb
 
-HOME = Path(__file__).parent.parent
 pytest.importorskip("captum", reason="the benchmark compares with Captum: install the extra [bench]")
 WAYS = ["captum", "naive", "one fact", "many facts", "bfloat16"]
 
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmark_attribution", HOME / "benchmarks" / "attribution.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("benchmarks", "attribution")
 
 
 def test_all_ways_run_and_the_table_holds_their_ratios(bench: ModuleType, tmp_path: Path) -> None:
@@ -118,11 +113,7 @@ def test_scores_that_are_not_real_are_refused(bench: ModuleType, value: float) -
 @pytest.fixture
 def growth(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(HOME / "benchmarks"))
-    spec = importlib.util.spec_from_file_location("benchmark_growth", HOME / "benchmarks" / "growth.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "benchmark_growth", module)
-    spec.loader.exec_module(module)
-    return module
+    return script("benchmarks", "growth")
 
 
 def test_growth_varies_one_quantity_at_a_time(growth: ModuleType, tmp_path: Path) -> None:

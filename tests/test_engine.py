@@ -288,3 +288,13 @@ def test_the_check_passes_on_every_architecture_and_notices_a_broken_engine(monk
             with pytest.raises(ValueError, match="engine and plain hooks differ"):
                 check_engine(load_model(random_model("gemma3_text", seed=3), tokenizer=tokenizer()))
     check_engine(load_model(random_model("gemma3_text", seed=3), tokenizer=tokenizer()))
+
+
+def test_attention_that_gives_no_numbers_under_padding_is_refused_by_name() -> None:
+    """Eager attention in float64: the mask's lowest number of float64 overflows where a row sees padding alone."""
+    eager = random_model("llama").double()
+    eager.config._attn_implementation = "eager"
+    model = load_model(eager, tokenizer=tokenizer(), dtype="float64")
+    with pytest.raises(ValueError, match=r"tiny-llama \(LlamaForCausalLM\): its numbers are not finite where texts"):
+        check_engine(model)
+    check_engine(load_model(random_model("llama"), tokenizer=tokenizer(), dtype="float64"))

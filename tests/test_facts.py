@@ -321,7 +321,7 @@ def test_split_is_a_stratified_partition_that_ignores_order(
     first, second = facts.split(seed, fraction)
     assert set(first.ids) | set(second.ids) == set(facts.ids)
     assert not set(first.ids) & set(second.ids)
-    assert len(first) == round(fraction * n)
+    assert abs(len(first) - fraction * n) <= 0.5 + 1e-9  # 0.7 * 45 is half a fact, but for rounding
     for relation in facts.relations:
         whole = len(facts.filter(relations=[relation]))
         assert abs(sum(one.relation == relation for one in first) - fraction * whole) < 1

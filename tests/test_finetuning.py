@@ -91,6 +91,18 @@ def test_the_whole_way_of_loki(inputs, tmp_path) -> None:
     assert (out / "README.md").read_text() == (out / "merged/README.md").read_text()
 
 
+def test_a_selection_that_knows_interference_is_given_it(inputs, tmp_path) -> None:
+    out = finetune(asked(inputs, strategy="interference_aware"), tmp_path / "aware", progress=False).path
+    scores, model = open_result(out / "attribution.zarr"), wb.load_model(inputs["model"])
+    retained = wb.load_facts(inputs["known"]).filter(ids=[str(i) for i in scores["fact"].values])
+    found = wb.interference(model, retained, scores, seed=TRAINING.seed, progress=False)
+    options = {"quota": 25.0, "score": "magnitude"}
+    expected = wb.select(scores, strategy="interference_aware", interference=found, **options)
+    chosen = Selection.load(out / "selection.json").positions()
+    assert chosen == expected.positions()
+    assert chosen != wb.select(scores, **options).positions()
+
+
 def test_a_second_start_does_only_what_is_missing(inputs, tmp_path, monkeypatch) -> None:
     one = asked(inputs, method="lora", rank=2)
     out = finetune(one, tmp_path / "tuned", progress=False).path

@@ -151,3 +151,29 @@ def test_broken_promises_are_found() -> None:
         promises.check_promises(model)
     with pytest.raises(ValueError, match='unit must be "node"'):
         model.width("attention")
+
+
+@pytest.mark.parametrize(
+    ("rope", "expected"),
+    [
+        ({"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, 64),
+        (
+            {
+                "rope_type": "longrope", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 16,
+                "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
+            },
+            16,
+        ),
+        ({"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}, 64),
+    ],
+    ids=["dynamic", "longrope", "linear"],
+)  # fmt: skip
+def test_rotary_tables_that_change_with_the_longest_text_end_the_context(rope, expected) -> None:
+    """A text beyond the limit changes what is read of its first tokens, but where the table stays the same."""
+    plain = random_model("llama", rope_parameters=rope)
+    assert load_model(plain, tokenizer=tokenizer()).max_tokens == expected
+    text = torch.arange(2 * expected)[None] % 30 + 4
+    with torch.no_grad():
+        within, beyond = (plain(text[:, :n]).logits[:, :4] for n in (expected, 2 * expected))
+    same = bool((within - beyond).abs().max() < 1e-4)
+    assert same == (rope["rope_type"] == "linear")

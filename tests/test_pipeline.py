@@ -119,6 +119,17 @@ def test_a_run_leaves_everything_behind(finished: Path) -> None:
         assert efficacy[efficacy["method"] == method]["after"].mean() == pytest.approx(last)
 
 
+def test_a_selection_that_knows_interference_reads_that_of_the_run(inputs, tmp_path) -> None:
+    changes = {"selection.strategy": "interference_aware", "methods": ("loki",), "training.max_epochs": 1}
+    folder = wb.run(config(inputs, tmp_path / "aware", **changes), progress=False).path
+    scores, found = (open_result(folder / f"{name}.zarr") for name in ("attribution", "interference"))
+    options = {"quota": 25, "score": "magnitude"}
+    expected = wb.select(scores, strategy="interference_aware", interference=found, **options)
+    chosen = Selection.load(folder / "selection/loki.json").positions()
+    assert chosen == expected.positions()
+    assert chosen != wb.select(scores, **options).positions()
+
+
 def test_a_second_start_does_nothing(finished: Path, inputs: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.parquet")}
     for name in (

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tiny import FACTS, tiny
+from tiny import FACTS, random_model, tiny, tokenizer
 
 from workbench.facts import FactSet
 from workbench.models import load_model
@@ -76,3 +76,12 @@ def test_the_default_model_knows_these_facts() -> None:
     frame = recall(load_model("smollm2-135m"), facts)
     assert frame["known"].to_dict() == {i: i != "wrong" for i in facts.ids}
     assert frame.loc["france", "prob"] == pytest.approx(0.77, abs=0.02)
+
+
+def test_numbers_that_are_not_finite_are_no_answer() -> None:
+    model = load_model(random_model("llama"), tokenizer=tokenizer())
+    assert len(recall(model, FACTS)) == len(FACTS)
+    with torch.no_grad():
+        model.hf.model.norm.weight.fill_(float("inf"))
+    with pytest.raises(ValueError, match=r"gives numbers that are not finite on fact '\w+'; open it with dtype="):
+        recall(model, FACTS)

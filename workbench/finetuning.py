@@ -14,12 +14,13 @@ from workbench.attribution import attribute
 from workbench.config import TrainConfig
 from workbench.facts import ExampleSet, Fact, FactSet, general_text, load_facts, load_training_data
 from workbench.forgetting import measure_forgetting
+from workbench.interfere import interference
 from workbench.loki import METHODS, adapter_config, check_method, parameter_count
 from workbench.models import HookedModel, load_model
 from workbench.opening import open_model
 from workbench.recollection import read_facts, recall, text_chunks
 from workbench.results import RunDir, load_frame, load_json, open_result, save_frame, save_json
-from workbench.selection import STRATEGIES, Selection, select
+from workbench.selection import READ_INTERFERENCE, Selection, check_choice, select
 from workbench.training import (
     TrainingRun,
     card,
@@ -125,14 +126,10 @@ def check(asked: FineTune, out: Path) -> tuple[FactSet | ExampleSet, FactSet]:
         needs = METHODS[kind].ranked if name == "rank" else kind == "loki"
         if value is not None and not needs:
             raise ValueError(f"The method {asked.method!r} takes no {name}; leave it out.")
-    known = [name for name in STRATEGIES if name != "per_layer_budget"]  # its quota is a list
-    if asked.strategy not in known:
-        raise ValueError(f"strategy must be one of {', '.join(known)}, not {asked.strategy!r}.")
-    if not 0 < asked.quota < 100:
-        raise ValueError(f"quota must be between 0 and 100 percent, not {asked.quota:g}.")
-    for name, file in (("selection", asked.selection), ("general", asked.general)):
-        if file is not None and file != "general" and not Path(file).is_file():
-            raise FileNotFoundError(f"There is no file {file} ({name}).")
+    check_choice(asked.strategy, asked.quota)
+    if asked.selection is not None and not Path(asked.selection).is_file():
+        raise FileNotFoundError(f"There is no file {asked.selection} (selection).")
+    general_text(asked.general)
     _check_out(asked, out)
     return load_training_data(asked.data, format=asked.format), load_facts(asked.retained)
 
@@ -175,16 +172,13 @@ class _Way:
         self.training = asked.training.model_copy(update={"max_epochs": asked.epochs or few})
         self.items = tokenise(self.model, self.data, self.training.paraphrases)
         self.model.tokenise(self.retained)
-        self.general = general_text()
-        if asked.general != "general":
-            passages = Path(asked.general).read_text(encoding="utf-8").split("\n\n")
-            self.general = [passage.strip() for passage in passages if passage.strip()]
+        self.general = general_text(asked.general)
         text_chunks(self.model, self.general, max_tokens=asked.general_tokens)
         self.loki = check_method(asked.method) == "loki"
         if not self.loki or asked.selection:
             parameter_count(self.model, self._adapter())  # raises where it does not fit the model
-        elif int(asked.quota * self.model.width(asked.unit) / 100) < 1:
-            raise ValueError(f"quota={asked.quota:g} is less than one of {self.model.width(asked.unit)} {asked.unit}s.")
+        else:
+            check_choice(asked.strategy, asked.quota, self.model.width(asked.unit))
 
     def stages(self) -> list[tuple[str, tuple[str, ...], Callable[[], None]]]:
         """Name, files and work of every stage."""
@@ -216,7 +210,7 @@ class _Way:
         return self.retained.filter(ids=known)
 
     def _drawn(self, most: int) -> FactSet:
-        return self.known if len(self.known) <= most else self.known.sample(most, self.training.seed)
+        return self.known.at_most(most, self.training.seed)
 
     def _recall(self) -> None:
         """Ask retained facts in the order of the seed, until enough are known or none is left."""
@@ -236,7 +230,12 @@ class _Way:
     def _select(self) -> None:
         asked = self.asked
         scores = open_result(self.folder.file("attribution.zarr"))
-        chosen = select(scores, strategy=asked.strategy, quota=asked.quota, score=asked.score, seed=self.training.seed)
+        beside: dict[str, Any] = {}
+        if asked.strategy in READ_INTERFERENCE:
+            facts = self._drawn(asked.max_facts)
+            beside = {"interference": interference(self.model, facts, scores, seed=self.training.seed)}
+        options: dict[str, Any] = {"strategy": asked.strategy, "score": asked.score, "seed": self.training.seed}
+        chosen = select(scores, quota=asked.quota, **options, **beside)
         chosen.save(self.folder.file("selection.json"))
 
     def _adapter(self) -> Any:

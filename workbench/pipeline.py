@@ -33,7 +33,7 @@ from workbench.results import (
     save_json,
     save_result,
 )
-from workbench.selection import READ_INTERFERENCE, STRATEGIES, Selection, select
+from workbench.selection import READ_INTERFERENCE, Selection, check_choice, select
 from workbench.semantics import measure_drift
 from workbench.training import held_out_prompts, implant
 
@@ -98,17 +98,13 @@ def check(config: Config) -> None:
     for method in config.methods:
         if method not in LOKI_METHODS and method not in BASELINES:
             raise ValueError(f"methods knows {', '.join([*LOKI_METHODS, *BASELINES])}, not {method!r}.")
-    strategies = [name for name in STRATEGIES if name != "per_layer_budget"]  # its quota is a list
-    if config.selection.strategy not in strategies:
-        known = ", ".join(strategies)
-        raise ValueError(f"selection.strategy must be one of {known}, not {config.selection.strategy!r}.")
+    check_choice(config.selection.strategy, config.selection.quota)
     out = Path(config.out)
     if out.exists() and not (out.is_dir() and ((out / "stages").is_dir() or not any(out.iterdir()))):
         raise ValueError(f"{out} holds something that is not a run; give another folder as out.")
     a = config.attribution
     checked_settings(a.method, a.unit, a.steps, a.rule, a.baseline, a.scope, a.objective, a.target)
-    if config.evaluation.general != "general" and not Path(config.evaluation.general).is_file():
-        raise FileNotFoundError(f"There is no text file {config.evaluation.general} (evaluation.general).")
+    general_text(config.evaluation.general)
 
 
 class _Way:
@@ -121,7 +117,7 @@ class _Way:
         self.model: HookedModel = load_model(config.model, device=config.device, dtype=config.dtype)
         for facts in (self.retained, self.implanted):
             self.model.tokenise(facts)
-        self.general = self._general()
+        self.general = general_text(config.evaluation.general)
         text_chunks(self.model, self.general, max_tokens=config.evaluation.general_tokens)
         self._check_selection()
 
@@ -172,7 +168,7 @@ class _Way:
     @cached_property
     def attributed(self) -> FactSet:
         """The known facts that are attributed: all, or as many as allowed, drawn by seed."""
-        return _drawn(self.known, self.config.attribution.max_facts, self.config.seed)
+        return self.known.at_most(self.config.attribution.max_facts, self.config.seed)
 
     @cached_property
     def trained(self) -> dict[str, HookedModel]:
@@ -235,7 +231,7 @@ class _Way:
             "efficacy": self.implanted,
             "paraphrase": held_out_prompts(self.implanted, shown),
             "neighbourhood": self._neighbourhood(),
-            "retained": _drawn(self.known, self.config.evaluation.max_retained, self.config.seed),
+            "retained": self.known.at_most(self.config.evaluation.max_retained, self.config.seed),
             "general": self.general,
         }
         suites = {name: suite for name, suite in suites.items() if suite is not None and len(suite)}
@@ -265,22 +261,12 @@ class _Way:
     def _check_selection(self) -> None:
         """Raise if the quota or the layers do not fit the model, which is known only when it is open."""
         chosen, width = self.config.selection, self.model.width(self.config.attribution.unit)
-        if int(chosen.quota * width / 100) < 1:
-            units = f"{width} {self.config.attribution.unit}s"
-            least = f"the smallest is {100 / width:.3g}"
-            raise ValueError(f"selection.quota={chosen.quota:g} is less than one of {units} a layer; {least}.")
+        check_choice(chosen.strategy, chosen.quota, width)
         beyond = [layer for layer in chosen.layers or () if not 0 <= layer < self.model.n_layers]
         if beyond:
             raise ValueError(
                 f"selection.layers has {beyond[0]}, but the model has layers 0 to {self.model.n_layers - 1}."
             )
-
-    def _general(self) -> list[str]:
-        name = self.config.evaluation.general
-        if name == "general":
-            return general_text()
-        passages = Path(name).read_text(encoding="utf-8").split("\n\n")
-        return [passage.strip() for passage in passages if passage.strip()]
 
     def _report(self) -> None:
         report(self.folder.path)
@@ -298,11 +284,6 @@ class _Way:
         tokens = {facts.name: facts.tokenisation_report(model.tokenizer) for facts in (self.retained, self.implanted)}
         command = f"workbench run --config {shlex.quote(str(self.folder.file('config.json')))}"
         save_json({**provenance(), "model": about, "stages": stages, "tokens": tokens, "command": command}, path)
-
-
-def _drawn(facts: FactSet, most: int | None, seed: int) -> FactSet:
-    """All facts, or as many as allowed, drawn by seed."""
-    return facts if most is None or len(facts) <= most else facts.sample(most, seed)
 
 
 def _version() -> str:

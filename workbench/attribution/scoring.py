@@ -176,7 +176,7 @@ def score_batch(
         batch = replace(batch, target=clean.logits.argmax(-1))
         clean = replace(clean, batch=batch)
     baseline = baseline_of(model, batch, clean, settings)
-    rows = room.rows if clean.plain_head else min(room.rows, room.whole)
+    rows = room.rows_of(batch.ids.shape[1], clean.plain_head)
     path = Path(model, clean, baseline, settings.unit, OBJECTIVES[settings.objective], rows)
     problem = Problem(facts, path, path.start(), settings, range(model.n_layers) if layers is None else layers)
     score = METHODS[settings.method](problem)

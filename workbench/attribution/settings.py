@@ -78,14 +78,14 @@ DEFAULTS = {
 
 
 def checked_settings(
-    method: str,
-    unit: str,
-    steps: int | None,
-    rule: str,
-    baseline: str,
-    scope: str,
-    objective: str,
-    target: str,
+    method: str = "ig",
+    unit: str = "node",
+    steps: int | None = None,
+    rule: str = "midpoint",
+    baseline: str = "zero",
+    scope: str = "last",
+    objective: str = "logprob",
+    target: str = "gold",
     tolerance: float = 0.05,
     seed: int = 0,
 ) -> Settings:

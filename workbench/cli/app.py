@@ -1,5 +1,8 @@
 """What every command shares: the app, the types of its options, and how tables are shown and kept."""
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,6 +54,15 @@ def write_table(frame: Any, out: Path | None) -> None:
     print(out)
 
 
+@contextmanager
+def unfinished(out: Path | None) -> Iterator[Path | None]:
+    """A folder beside a result for its parts while it is made: kept after an error or a stop, gone after success."""
+    parts = None if out is None else out.with_name(f"{out.name}.parts")
+    yield parts
+    if parts is not None:
+        shutil.rmtree(parts, ignore_errors=True)
+
+
 def known_among(model: Any, facts: Any, quiet: bool) -> Any:
     """The facts that the model answers; none is a `ValueError`."""
     from workbench.recollection import recall
@@ -87,4 +99,4 @@ def model_and_facts(
     opened = load_model(model, device=device, dtype=dtype)
     chosen = chosen.as_chat(opened.tokenizer) if chat else chosen
     chosen = known_among(opened, chosen, quiet) if known_only else chosen
-    return opened, chosen if sample is None else chosen.sample(min(sample, len(chosen)), seed)
+    return opened, chosen.at_most(sample, seed)

@@ -20,6 +20,7 @@ from workbench.cli.app import (
     check_table,
     model_and_facts,
     show,
+    unfinished,
     write_table,
 )
 
@@ -186,17 +187,12 @@ def suppress_command(
     else:
         from workbench.suppression import suppression_curve
 
-        frame = suppression_curve(
-            opened,
-            read,
-            chosen,
-            quotas=quota or (0.5, 1.0, 5.0),
-            seeds=range(seed, seed + draws),
-            overlap=overlap,
-            seed=seed,
-            **options,
-        )
-        show(_in_short(frame))
+        options |= {"quotas": quota or (0.5, 1.0, 5.0), "seeds": range(seed, seed + draws), "overlap": overlap}
+        with unfinished(out) as parts:
+            frame = suppression_curve(opened, read, chosen, **options, seed=seed, parts=parts)
+            show(_in_short(frame))
+            write_table(frame, out)
+        return
     write_table(frame, out)
 
 

@@ -1,5 +1,6 @@
 """Which units are trained: `select`, and how firm and how like each other selections are: `stability`, `agreement`."""
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,16 +16,36 @@ Strategy = Annotated[
         "interference_aware, which reads --interference, --new and --weights"
     ),
 ]
-Quota = Annotated[float, Parameter(help="share of the units that is trained, in percent")]
-Score = Annotated[Literal["signed", "magnitude"], Parameter(help="rank by score or by its absolute value")]
-Layers = Annotated[
-    tuple[int, ...] | None, Parameter(consume_multiple=True, negative="", help="only these layers; the others freeze")
-]
-Interference = Annotated[Path | None, Parameter(help="how the same facts collide: interference.zarr of a run")]
-New = Annotated[Path | None, Parameter(help="a result of `workbench attribute` for the facts to be taught")]
-Weights = Annotated[
-    dict[str, float] | None, Parameter(help="of the terms collision, load, new: --weights.load 0 leaves load out")
-]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Choice:
+    """What every selection is told, its strategy aside."""
+
+    quota: Annotated[float, Parameter(help="share of the units that is trained, in percent")] = 10.0
+    score: Annotated[Literal["signed", "magnitude"], Parameter(help="rank by score or by its absolute value")] = (
+        "signed"
+    )
+    layers: Annotated[
+        tuple[int, ...] | None, Parameter(consume_multiple=True, negative="", help="only these layers; others freeze")
+    ] = None
+    interference: Annotated[Path | None, Parameter(help="how the same facts collide: interference.zarr of a run")] = (
+        None
+    )
+    new: Annotated[Path | None, Parameter(help="a result of `workbench attribute` for the facts to be taught")] = None
+    weights: Annotated[
+        dict[str, float] | None, Parameter(help="of the terms collision, load, new: --weights.load 0 leaves load out")
+    ] = None
+    seed: Seed = 0
+
+    def options(self, strategy: str) -> dict[str, Any]:
+        """Arguments of `select` for a strategy; what only `interference_aware` reads is opened."""
+        from workbench.results import open_result
+
+        opened = {name: open_result(path) for name in ("interference", "new") if (path := getattr(self, name))}
+        found: dict[str, Any] = {name: getattr(self, name) for name in ("quota", "score", "layers", "seed")}
+        return found | {"strategy": strategy} | opened | ({"weights": self.weights} if self.weights else {})
 
 
 @app.command(name="select")
@@ -33,28 +54,13 @@ def select_command(
     *,
     out: Annotated[Path, Parameter(help="position file to write: JSON, layer -> rows, as LoKI's")],
     strategy: Strategy = "layer_balanced",
-    quota: Quota = 10.0,
-    score: Score = "signed",
-    layers: Layers = None,
-    interference: Interference = None,
-    new: New = None,
-    weights: Weights = None,
-    seed: Seed = 0,
+    choice: Choice = Choice(),
 ) -> None:
     """Choose the units to be trained from an attribution."""
     from workbench.results import open_result
     from workbench.selection import select
 
-    beside = _beside(interference, new, weights)
-    options: dict[str, Any] = {
-        "strategy": strategy,
-        "quota": quota,
-        "score": score,
-        "layers": layers,
-        "seed": seed,
-        **beside,
-    }
-    chosen = select(open_result(attribution), **options)
+    chosen = select(open_result(attribution), **choice.options(strategy))
     print(f"{chosen.n_selected} {chosen.unit}s in {chosen.n_layers} layers: {chosen.to_positions(out)}")
 
 
@@ -68,13 +74,7 @@ def stability_command(
         bool, Parameter(negative="", help="draw as many facts as there are, with replacement")
     ] = False,
     strategy: Strategy = "layer_balanced",
-    quota: Quota = 10.0,
-    score: Score = "signed",
-    layers: Layers = None,
-    interference: Interference = None,
-    new: New = None,
-    weights: Weights = None,
-    seed: Seed = 0,
+    choice: Choice = Choice(),
     out: Out = None,
     quiet: Quiet = False,
 ) -> None:
@@ -83,17 +83,10 @@ def stability_command(
     from workbench.selection import stability
 
     check_table(out)
-    beside = _beside(interference, new, weights)
-    options: dict[str, Any] = {
-        "strategy": strategy,
-        "quota": quota,
-        "score": score,
-        "layers": layers,
-        "seed": seed,
-        **beside,
-    }
     drawn: dict[str, Any] = {"share": 1.0, "replace": True} if bootstrap else {"share": share}
-    frame = stability(open_result(attribution), draws=draws or 20, **drawn, **options, progress=not quiet)
+    frame = stability(
+        open_result(attribution), draws=draws or 20, **drawn, **choice.options(strategy), progress=not quiet
+    )
     show(frame)
     whole = frame.iloc[0]
     print(f"{whole['kept']:.2%} of {whole['n_selected']:.0f} units kept, by chance {whole['chance']:.2%}")
@@ -113,13 +106,7 @@ def agreement_command(
     positions: Annotated[
         tuple[Path, ...], Parameter(consume_multiple=True, negative="", help="position files to compare as well")
     ] = (),
-    quota: Quota = 10.0,
-    score: Score = "signed",
-    layers: Layers = None,
-    interference: Interference = None,
-    new: New = None,
-    weights: Weights = None,
-    seed: Seed = 0,
+    choice: Choice = Choice(),
     out: Out = None,
 ) -> None:
     """Say how much the selections of several strategies share, beside chance; --out keeps the table with each layer."""
@@ -128,23 +115,12 @@ def agreement_command(
 
     check_table(out)
     scores = open_result(attribution)
-    beside = _beside(interference, new, weights)
-    options: dict[str, Any] = {"quota": quota, "score": score, "layers": layers, "seed": seed}
+    plain = replace(choice, interference=None, new=None, weights=None)
     compared = {
-        name: select(scores, strategy=name, **options, **(beside if name in READ_INTERFERENCE else {}))
-        for name in strategies
+        name: select(scores, **(choice if name in READ_INTERFERENCE else plain).options(name)) for name in strategies
     }
     shape: dict[str, Any] = {"unit": str(scores.attrs["unit"]), "n_units": scores.sizes["unit"]}
     compared |= {str(path): Selection.from_positions(path, **shape) for path in positions}
     frame = agreement(compared)
     show(frame[frame["layer"].isna()].drop(columns="layer"))
     write_table(frame, out)
-
-
-def _beside(interference: Path | None, new: Path | None, weights: dict[str, float] | None) -> dict[str, Any]:
-    """What `interference_aware` reads, opened; nothing where nothing is given."""
-    from workbench.results import open_result
-
-    found: dict[str, Any] = {"weights": weights} if weights else {}
-    given = {"interference": interference, "new": new}
-    return found | {name: open_result(path) for name, path in given.items() if path is not None}

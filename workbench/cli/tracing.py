@@ -20,6 +20,7 @@ from workbench.cli.app import (
     check_table,
     model_and_facts,
     show,
+    unfinished,
     write_table,
 )
 
@@ -63,27 +64,18 @@ def trace_command(
     opened, chosen = model_and_facts(model, facts, **asked, device=device, dtype=dtype, quiet=quiet)
     if scores is not None:
         check_made_with(scores, opened.digest, opened.name)
-    result = trace(
-        opened,
-        chosen,
-        site=site,
-        noise=noise,
-        draws=draws,
-        window=window,
-        seed=seed,
-        missing=missing,
-        batch_size=size,
-        progress=not quiet,
-    )
-    table = by_role(result)
-    show(table.pivot(index="layer", columns="role", values="effect")[list(table["role"].unique())].reset_index())
-    clean, corrupt = (float(result[name].mean()) for name in ("p_clean", "p_corrupt"))
-    left_out = f", {result.attrs['skipped']} left out" if result.attrs["skipped"] else ""
-    print(f"{result.sizes['fact']} facts{left_out}: P(answer) is {clean:.3f} clean and {corrupt:.3f} corrupted")
-    if out is not None and out.suffix == ".zarr":
-        print(save_result(result, out, kind="trace"))
-    else:
-        write_table(table, out)
+    options: dict[str, Any] = {"site": site, "noise": noise, "draws": draws, "window": window, "batch_size": size}
+    with unfinished(out) as parts:
+        result = trace(opened, chosen, **options, seed=seed, missing=missing, parts=parts, progress=not quiet)
+        table = by_role(result)
+        show(table.pivot(index="layer", columns="role", values="effect")[list(table["role"].unique())].reset_index())
+        clean, corrupt = (float(result[name].mean()) for name in ("p_clean", "p_corrupt"))
+        left_out = f", {result.attrs['skipped']} left out" if result.attrs["skipped"] else ""
+        print(f"{result.sizes['fact']} facts{left_out}: P(answer) is {clean:.3f} clean and {corrupt:.3f} corrupted")
+        if out is not None and out.suffix == ".zarr":
+            print(save_result(result, out, kind="trace"))
+        else:
+            write_table(table, out)
     if scores is not None:
         agreed = agreement(result, scores)
         show(agreed[agreed["fact"] == "all"].drop(columns="fact"))

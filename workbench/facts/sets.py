@@ -172,6 +172,10 @@ class FactSet:
         drawn = set(_drawn(self.ids, seed, n))
         return self.filter(where=lambda fact: fact.id in drawn)
 
+    def at_most(self, n: int | None, seed: int) -> FactSet:
+        """All facts, or `n` of them drawn as by `sample` where there are more; None is no limit."""
+        return self if n is None or len(self) <= n else self.sample(n, seed)
+
     def paraphrased(self, start: int = 0, stop: int | None = None) -> FactSet:
         """Give the paraphrases (of each fact those from `start` to before `stop`) as facts with ids `<id>#p1`, ..."""
         facts = tuple(

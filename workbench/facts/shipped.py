@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import as_file, files
 from importlib.resources.abc import Traversable
 from itertools import count, cycle
+from pathlib import Path
 from typing import Any
 
 from workbench.facts import foreign
@@ -33,9 +34,15 @@ def world() -> FactSet:
     return FactSet("world", to_facts(placed))
 
 
-def general_text() -> list[str]:
-    """Give the shipped passages of plain prose, for perplexity and for statistics over general text."""
-    passages = _data("general.txt").read_text(encoding="utf-8").split("\n\n")
+def general_text(name: str | Path = "general") -> list[str]:
+    """Give the shipped passages of plain prose, or those of a text file, a passage a paragraph, for perplexity."""
+    text = _data("general.txt") if name == "general" else Path(name)
+    if not text.is_file():
+        raise FileNotFoundError(f"There is no text file {name}; give one, or general for the shipped prose.")
+    try:
+        passages = text.read_text(encoding="utf-8").split("\n\n")
+    except UnicodeDecodeError:
+        raise ValueError(f"{name} is not text in UTF-8; save it so, or give general for the shipped prose.") from None
     return [passage.strip() for passage in passages if passage.strip()]
 
 

@@ -11,11 +11,13 @@ from workbench.facts import TokenisedFact
 from workbench.models import HookedModel
 
 
-def counts(group: Sequence[TokenisedFact], settings: Settings, room: Room, model: HookedModel) -> tuple[int, int]:
+def counts(
+    group: Sequence[TokenisedFact], settings: Settings, room: Room, model: HookedModel, plain_head: bool
+) -> tuple[int, int]:
     """(passes, token rows) of a batch, where the number of steps is fixed."""
     batch = make_batch(group, torch.device("cpu"), settings.scope)
     n_facts, columns = batch.ids.shape
-    most = max(1, room.rows // (n_facts * batch.tail))
+    most = max(1, room.rows_of(columns, plain_head) // (n_facts * batch.tail))
     clean = 1 + (settings.baseline == "blank")  # runs that are not patched
     clean_rows = batch.shared + n_facts * (columns - batch.shared)
     passes, variants = ceil(model.n_layers / most) + 1, model.n_layers + 1  # baselines, the clean end

@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,22 +27,15 @@ def plan(
     model: HookedModel,
     facts: FactSet,
     *,
-    method: str = "ig",
-    unit: str = "node",
-    steps: int | None = None,
-    rule: str = "midpoint",
-    baseline: str = "zero",
-    scope: str = "last",
-    objective: str = "logprob",
-    target: str = "gold",
-    tolerance: float = 0.05,
-    seed: int = 0,
     batch_size: int | str = "auto",
     memory: float | None = None,
     out: str | pathlib.Path | None = None,
     resume: bool = True,
+    **definition: Any,
 ) -> Plan:
     """Say what `attribute` with the same arguments will take, from scoring a few of the facts; write nothing.
+
+    `definition` is what `attribute` takes to define the scores: method, unit, steps, rule and so on.
 
     Facts that lie at `out` already are not counted. Passes and rows follow from the batches; time is that of the sample
     by its share of the rows (those of the prompts included), so it is as good as the sample is typical.
@@ -50,7 +43,7 @@ def plan(
     Raises:
         ValueError: what `attribute` would raise before it starts.
     """
-    settings = checked_settings(method, unit, steps, rule, baseline, scope, objective, target, tolerance, seed)
+    settings = checked_settings(**definition)
     work = prepare(model, facts, settings, batch_size, memory)
     todo = unwritten(out, **work.labels, resume=resume)
     groups = [[work.facts[i] for i in one] for one in batches(work.facts, todo, settings, work.room, batch_size)]
@@ -58,7 +51,7 @@ def plan(
     check_engine(model)
     checking = time.perf_counter() - started
     measured = _measured(model, groups, settings, work)
-    passes, rows = _work(model, groups, settings, _room_of_passes(model, groups, work.room), measured.samples)
+    passes, rows = _work(model, groups, settings, work.room, measured.samples)
     seen, spent = sum(s.rows for s in measured.samples), sum(s.seconds for s in measured.samples)
     return Plan(
         settings=settings,
@@ -138,20 +131,13 @@ def _scored(model: HookedModel, group: Group, settings: Settings, room: Room) ->
         ) from error
 
 
-def _room_of_passes(model: HookedModel, groups: Sequence[Group], room: Room) -> Room:
-    """The rows of a pass as scoring takes them: fewer where whole logits are held."""
-    if not groups:
-        return room
-    clean = run_clean(model, make_batch(groups[0][:1], model.device), "node")
-    return room if clean.plain_head else replace(room, rows=min(room.rows, room.whole))
-
-
 def _work(
     model: HookedModel, groups: Sequence[Group], settings: Settings, room: Room, samples: Sequence[Sample]
 ) -> tuple[int, int]:
     """(passes, token rows): counted, or by the share of the sample where the number of steps adapts."""
     if settings.steps:
-        each = [counts(group, settings, room, model) for group in groups]
+        plain = not groups or run_clean(model, make_batch(groups[0][:1], model.device), "node").plain_head
+        each = [counts(group, settings, room, model, plain) for group in groups]
         return sum(passes for passes, _ in each), sum(rows for _, rows in each)
     share = query_rows(groups, settings) / max(1, query_rows(_sampled(groups), settings))
     return round(share * sum(s.passes for s in samples)), round(share * sum(s.rows for s in samples))

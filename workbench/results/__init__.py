@@ -3,12 +3,20 @@
 from workbench.results.files import digest_of, load_frame, load_json, save_frame, save_json, write_atomically
 from workbench.results.hdf5 import export_hdf5, import_hdf5
 from workbench.results.labelled import open_result, save_result
+from workbench.results.parts import Parts
 from workbench.results.run import RunDir, provenance
-from workbench.results.schema import check_made_with, validate_attribution, validate_interference, validate_trace
+from workbench.results.schema import (
+    check_made_with,
+    validate_attribution,
+    validate_harm,
+    validate_interference,
+    validate_trace,
+)
 from workbench.results.store import AttributionStore, open_store, unwritten
 
 __all__ = [
     "AttributionStore",
+    "Parts",
     "RunDir",
     "check_made_with",
     "digest_of",
@@ -24,6 +32,7 @@ __all__ = [
     "save_result",
     "unwritten",
     "validate_attribution",
+    "validate_harm",
     "validate_interference",
     "validate_trace",
     "write_atomically",

@@ -3,7 +3,7 @@
 from workbench.selection.aware import WEIGHTS
 from workbench.selection.mask import Selection
 from workbench.selection.stability import agreement, stability
-from workbench.selection.strategies import READ_INTERFERENCE, STRATEGIES, select
+from workbench.selection.strategies import READ_INTERFERENCE, STRATEGIES, check_choice, select
 from workbench.selection.voting import SCORES, keep, marks, votes
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "WEIGHTS",
     "Selection",
     "agreement",
+    "check_choice",
     "keep",
     "marks",
     "select",

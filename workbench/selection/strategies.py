@@ -87,6 +87,14 @@ def select(
     return Selection(xr.DataArray(values, dims=("layer", "unit")), attribution.attrs["unit"], origin)
 
 
+def check_choice(strategy: str, quota: int | float, n_units: int | None = None) -> None:
+    """Raise `ValueError` for a strategy that takes no single quota, or a quota that is no share (of so many units)."""
+    known = [name for name in STRATEGIES if name != "per_layer_budget"]  # its quota is a list
+    if strategy not in known:
+        raise ValueError(f"strategy must be one of {', '.join(known)}, not {strategy!r}.")
+    units_in(quota, n_units or 10**9, "a layer")
+
+
 def _plain(ds: xr.Dataset) -> dict[str, Any]:
     """The attributes that JSON can hold."""
     return {str(k): v for k, v in ds.attrs.items() if isinstance(v, str | int | float | bool)}

@@ -5,6 +5,8 @@ The test of LoKI (arXiv 2505.22120), which zeroes the 1% of units with the highe
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import xarray as xr
@@ -12,7 +14,7 @@ import xarray as xr
 from workbench.facts import FactSet
 from workbench.intervals import means
 from workbench.models import HookedModel
-from workbench.results import check_made_with
+from workbench.results import Parts, check_made_with, digest_of
 from workbench.selection import Selection, select
 from workbench.suppression.reading import compare, scaled
 
@@ -60,6 +62,7 @@ def suppression_curve(
     overlap: str = "refuse",
     draws: int = 2000,
     seed: int = 0,
+    parts: str | Path | None = None,
     progress: bool = False,
 ) -> pd.DataFrame:
     """Zero units chosen by an attribution, and read held-out facts and general text, with bootstrap intervals.
@@ -80,6 +83,7 @@ def suppression_curve(
             `"refuse"`, `"drop"` them, or `"read"` them all the same.
         draws: of the bootstrap over facts or pieces of text.
         seed: of the bootstrap.
+        parts: folder in which readings are kept as they are made; a second call goes on there.
         progress: show a progress bar.
 
     Returns:
@@ -98,11 +102,18 @@ def suppression_curve(
         raise ValueError("general is one text; give a list of passages.")
     _check_choices(groups, strategies, quotas, scores, seeds)
     check_made_with(attribution, model.digest, model.name)
-    tokens = model.tokenise(held_out(facts, attribution, overlap))
+    facts = held_out(facts, attribution, overlap)
+    tokens = model.tokenise(facts)
     points = choices(attribution, quotas, groups, scores, strategies, seeds)
     different = list(dict.fromkeys(point.selection for point in points))
     interventions = [scaled(model, selection, factor) for selection in different]
-    read = compare(model, interventions, {"facts": tokens}, general=general, max_tokens=max_tokens, progress=progress)
+    settings = {
+        "model": model.digest, "facts": facts.digest, "units": digest_of([one.positions() for one in different]),
+        "factor": factor, "text": digest_of(list(general or [])), "max_tokens": max_tokens,
+    }  # fmt: skip
+    texts: dict[str, Any] = {"general": general, "max_tokens": max_tokens}
+    kept = Parts(parts, settings)
+    read = compare(model, interventions, {"facts": tokens}, **texts, parts=kept, progress=progress)
     about = {"method": str(attribution.attrs.get("method", "")), "unit": str(attribution.attrs["unit"])}
     return _table(points, dict(zip(different, read, strict=True)), draws, seed).assign(**about)[COLUMNS]
 

@@ -3,7 +3,7 @@
 Weights are never touched: the activations are multiplied by hooks that are gone after the `with`, also after an error.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from math import isfinite
@@ -19,6 +19,7 @@ from workbench.facts import FactSet, TokenisedFact
 from workbench.metrics import kl, logprob
 from workbench.models import HookedModel
 from workbench.recollection import read_facts, text_chunks, text_logits
+from workbench.results import Parts
 from workbench.selection import Selection
 
 #: How a model is changed inside a `with`, while facts whose answers have so many tokens are read (0: running text).
@@ -142,38 +143,43 @@ def compare(
     *,
     general: Sequence[str] | None = None,
     max_tokens: int = 3000,
+    parts: Parts | None = None,
     progress: bool = False,
 ) -> list[pd.DataFrame]:
     """Read facts and texts from a model as it is and under each intervention; one frame each, as `suppress` gives.
 
-    The untouched model is read once, and texts piece by piece, so memory does not grow with the interventions.
+    The untouched model is read once, and texts piece by piece, so memory does not grow with the interventions. What is
+    read goes to `parts`, by the numbers of the interventions.
     """
+    kept = parts or Parts(None, {})
     chunks = [] if general is None else text_chunks(model, general, max_tokens=max_tokens)
     rows: list[list[dict[str, Any]]] = [[] for _ in interventions]
     total = (len(interventions) + 1) * (len(suites) + len(chunks))
     with tqdm(total=total, unit="reading", desc="intervene", disable=not progress) as bar:
         for suite, facts in suites.items():
-            before = _read(model, facts, None)
+            (before,) = kept.rows(f"{suite} before", partial(_read, model, facts, None))
             bar.update()
-            for found, intervention in zip(rows, interventions, strict=True):
-                after = _read(model, facts, intervention)
+            for place, (found, intervention) in enumerate(zip(rows, interventions, strict=True)):
+                (after,) = kept.rows(f"{suite} after {place}", partial(_read, model, facts, intervention))
                 for metric in before:
                     for fact, old, new in zip(facts, before[metric], after[metric], strict=True):
                         label = {"suite": suite, "metric": metric, "fact": fact.fact_id, "weight": 1.0}
                         found.append({**label, "before": old, "after": new})
                 bar.update()
         for number, chunk in enumerate(chunks):
-            for found, one in zip([[], *rows], _read_text(model, chunk, interventions), strict=True):
-                found.extend({"suite": "general", "fact": f"text-{number:04d}", **row} for row in one)
-                bar.update()
+            read = kept.rows(f"text {number}", partial(_read_text, model, chunk, interventions, bar))
+            for row in read:
+                found = rows[row.pop("intervention")]
+                found.append({"suite": "general", "fact": f"text-{number:04d}", **row})
+            bar.update((len(suites) + number + 1) * (len(interventions) + 1) - bar.n)
     frames = [pd.DataFrame(found, columns=COLUMNS[:-1]) for found in rows]
     return [frame.assign(change=frame["after"] - frame["before"])[COLUMNS] for frame in frames]
 
 
 def _read(
     model: HookedModel, facts: Sequence[TokenisedFact], intervention: Intervention | None
-) -> dict[str, list[float]]:
-    """Accuracy and log-probability of every fact; facts with answers of one length are read together."""
+) -> list[dict[str, list[float]]]:
+    """Accuracy and log-probability of every fact, one record; facts with answers of one length are read together."""
     found: dict[str, list[float]] = {"accuracy": [0.0] * len(facts), "logprob": [0.0] * len(facts)}
     for length in sorted({len(fact.answer_ids) for fact in facts}):
         same = [i for i, fact in enumerate(facts) if len(fact.answer_ids) == length]
@@ -186,21 +192,21 @@ def _read(
         for i, reading in zip(same, readings, strict=True):
             found["accuracy"][i] = float(reading.known)
             found["logprob"][i] = float(sum(reading.logprobs))
-    return found
+    return [found]
 
 
 def _read_text(
-    model: HookedModel, chunk: Sequence[int], interventions: Sequence[Intervention]
-) -> Iterator[list[dict[str, Any]]]:
-    """Rows of one piece of text: none for the untouched model, then those of each intervention."""
+    model: HookedModel, chunk: Sequence[int], interventions: Sequence[Intervention], bar: tqdm
+) -> list[dict[str, Any]]:
+    """Two rows of one piece of text for each intervention."""
     old, target = text_logits(model, chunk)
-    before = -float(logprob(old, target).mean())
-    yield []
-    for intervention in interventions:
+    before, weight = -float(logprob(old, target).mean()), float(len(target))
+    rows: list[dict[str, Any]] = []
+    for number, intervention in enumerate(interventions):
         with intervention(0):
             new, _ = text_logits(model, chunk)
-        nll, weight = -float(logprob(new, target).mean()), float(len(target))
-        yield [
-            {"metric": "nll", "weight": weight, "before": before, "after": nll},
-            {"metric": "kl", "weight": weight, "before": 0.0, "after": float(kl(old, new).mean())},
-        ]
+        place = {"intervention": number, "weight": weight}
+        rows.append({**place, "metric": "nll", "before": before, "after": -float(logprob(new, target).mean())})
+        rows.append({**place, "metric": "kl", "before": 0.0, "after": float(kl(old, new).mean())})
+        bar.update()
+    return rows

@@ -4,7 +4,9 @@ ROME's protocol (Meng et al., arXiv 2202.05262).
 """
 
 import logging
+import pathlib
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -14,7 +16,7 @@ from tqdm import tqdm
 
 from workbench.facts import Fact, FactSet, TokenisedFact
 from workbench.models import HookedModel
-from workbench.results import validate_trace
+from workbench.results import Parts, validate_trace
 from workbench.tracing.restore import Corrupted, Settings, embedding_std, run_corrupted, subject_noise, sweep
 from workbench.tracing.sites import SITES, enterable, patched_site
 from workbench.tracing.spans import ROLES, subject_tokens, token_roles
@@ -36,6 +38,7 @@ def trace(
     seed: int = 0,
     missing: Literal["error", "skip"] | str = "error",
     batch_size: int | str = "auto",
+    parts: str | pathlib.Path | None = None,
     progress: bool = True,
 ) -> xr.Dataset:
     """Measure at which layer and token a fact's answer can be recovered after its subject was corrupted.
@@ -57,6 +60,7 @@ def trace(
         seed: of the noise.
         missing: what to do with a fact whose subject is not in its prompt: `"error"` or `"skip"` (and count it).
         batch_size: restorations in one pass, each with all draws; `"auto"` fills passes of about 1,000 tokens.
+        parts: folder in which every fact is kept as soon as it is done; a second call goes on there.
         progress: show a progress bar.
 
     Returns:
@@ -74,22 +78,40 @@ def trace(
     with patched_site(model, site, dict.fromkeys(range(model.n_layers), lambda value: value)):
         pass  # a site that is not known is refused before the work
     std = embedding_std(model, [(tokens, subject) for _, tokens, subject in found])
+    digests = {"model_digest": model.digest, "fact_digest": facts.digest}
+    kept = Parts(parts, {**vars(settings), **digests, "missing": missing})
     rows = []
     with tqdm(total=len(found) * model.n_layers, unit="layer", desc="trace", disable=not progress) as bar:
-        for fact, tokens, subject in found:
-            run = run_corrupted(model, tokens, subject, settings, subject_noise(model, fact.id, subject, settings, std))
-            rows.append(_roles_of(run, *sweep(model, run, settings, n_extra, batch_size, bar)))
-    kept = [fact for fact, _, _ in found]
+        for number, (fact, tokens, subject) in enumerate(found, 1):
+            rest = (settings, std, n_extra, batch_size, bar)
+            rows += kept.rows(fact.id, partial(_traced, model, fact.id, tokens, subject, *rest))
+            bar.update(number * model.n_layers - bar.n)
+    traced = [fact for fact, _, _ in found]
     notes = {
         "noise_std": std,
-        "skipped": len(facts) - len(kept),
+        "skipped": len(facts) - len(traced),
         "model": model.name,
         "facts": facts.name,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "model_digest": model.digest,
-        "fact_digest": facts.digest,
+        **digests,
     }
-    return _labelled(kept, rows, settings, notes)
+    return _labelled(traced, rows, settings, notes)
+
+
+def _traced(
+    model: HookedModel,
+    fact_id: str,
+    tokens: TokenisedFact,
+    subject: range,
+    settings: Settings,
+    std: float,
+    n_extra: int | None,
+    batch_size: int | str,
+    bar: tqdm,
+) -> list[dict[str, Any]]:
+    """One fact's share of the result, in a list of its own."""
+    run = run_corrupted(model, tokens, subject, settings, subject_noise(model, fact_id, subject, settings, std))
+    return [_roles_of(run, *sweep(model, run, settings, n_extra, batch_size, bar))]
 
 
 def checked_settings(
@@ -150,14 +172,19 @@ def _roles_of(run: Corrupted, *effects: Float[np.ndarray, "layer pos"]) -> dict[
         np.stack([x[:, roles[r]].mean(1) if roles[r] else np.full(len(x), np.nan) for r in ROLES], 1) for x in effects
     ]
     return {
-        "effect": means[0],
-        "effect_logprob": means[1],
+        "effect": _or_none(means[0]),
+        "effect_logprob": _or_none(means[1]),
         "n_tokens": [len(roles[r]) for r in ROLES],
-        "p_clean": np.exp(run.logprob_clean),
+        "p_clean": float(np.exp(run.logprob_clean)),
         "p_corrupt": float(run.logprob_corrupt.exp().mean()),
         "logprob_clean": run.logprob_clean,
         "logprob_corrupt": float(run.logprob_corrupt.mean()),
     }
+
+
+def _or_none(effects: Float[np.ndarray, "layer role"]) -> list[list[float | None]]:
+    """As lists with None where there is no number, for which JSON has no word."""
+    return [[None if x != x else x for x in row] for row in effects.tolist()]
 
 
 def _labelled(
@@ -177,7 +204,7 @@ def _labelled(
         variables,
         coords={
             "fact": [fact.id for fact in facts],
-            "layer": np.arange(rows[0]["effect"].shape[0]),
+            "layer": np.arange(len(rows[0]["effect"])),
             "role": list(ROLES),
             "relation": ("fact", [fact.relation for fact in facts]),
         },
