@@ -163,9 +163,9 @@ def test_the_command_equals_the_function(inputs, tmp_path, monkeypatch, capsys) 
         (["--data", "fictional:3", "--method", "ia3", "--rank", "4"], "takes no rank"),
         (["--data", "fictional:3", "--method", "lora", "--selection", "x.json"], "takes no selection"),
         (["--data", "fictional:3", "--selection", "x.json"], "no file x.json (selection)"),
-        (["--data", "fictional:3", "--general", "x.txt"], "no file x.txt (general)"),
+        (["--data", "fictional:3", "--general", "x.txt"], "no text file x.txt"),
         (["--data", "fictional:3", "--strategy", "best"], "strategy must be one of"),
-        (["--data", "fictional:3", "--quota", "100"], "quota must be between"),
+        (["--data", "fictional:3", "--quota", "100"], "is not a percentage in"),
         (["--data", "fictional:3", "--target", "2"], "target_efficacy"),
         (["--data", "fictional:3", "--rates", "fast"], "--rates takes numbers"),
         (["--data", "fictional:3", "--out", "taken"], "taken holds something that is not a fine-tune"),
@@ -194,7 +194,7 @@ def test_a_selection_or_quota_that_does_not_fit_the_model_comes_before_training(
     rows.write_text("[[0], [1]]")
     with pytest.raises(ValueError, match="2 layers but"):
         finetune(asked(inputs, selection=str(rows)), tmp_path / "a", progress=False)
-    with pytest.raises(ValueError, match="less than one of 32 nodes"):
+    with pytest.raises(ValueError, match="of 32 units .* is less than one unit"):
         finetune(asked(inputs, quota=1.0), tmp_path / "b", progress=False)
 
 
