@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from command import call
 from tiny import FACTS, saved
 
 import workbench as wb
-from workbench import cli
 from workbench.config import Config
 
 COMMANDS = [
@@ -33,16 +33,6 @@ COMMANDS = [
     "models",
     "convert",
 ]
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """Run the command in this process and give its exit code."""
-    monkeypatch.setattr(sys, "argv", ["workbench", *arguments])
-    try:
-        cli.main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
 
 
 @pytest.fixture

@@ -1,18 +1,17 @@
 """`finetune` and `workbench implant`: from a data file to an adapter, a model and a card, with errors before work."""
 
 import json
-import sys
 
 import pandas as pd
 import pytest
 import torch
+from command import call
 from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM
 from tiny import FACTS, saved
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import workbench as wb
-from workbench import cli
 from workbench.config import TrainConfig
 from workbench.facts import FactSet
 from workbench.finetuning import FineTune, finetune
@@ -21,16 +20,6 @@ from workbench.selection import Selection
 
 IDS = torch.tensor([[4, 5, 6, 7, 8]])
 TRAINING = TrainConfig(max_epochs=40, batch_size=4, learning_rate=2e-2, target_efficacy=0.8)
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """Run the command in this process and give its exit code."""
-    monkeypatch.setattr(sys, "argv", ["workbench", *arguments])
-    try:
-        cli.main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +183,7 @@ def test_a_selection_or_quota_that_does_not_fit_the_model_comes_before_training(
     rows.write_text("[[0], [1]]")
     with pytest.raises(ValueError, match="2 layers but"):
         finetune(asked(inputs, selection=str(rows)), tmp_path / "a", progress=False)
-    with pytest.raises(ValueError, match="of 32 units .* is less than one unit"):
+    with pytest.raises(ValueError, match=r"of 32 units .* is less than one unit"):
         finetune(asked(inputs, quota=1.0), tmp_path / "b", progress=False)
 
 

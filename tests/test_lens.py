@@ -1,17 +1,15 @@
 """Logit lens and direct logit attribution against plain modules; agreement of tracing and attribution; the commands."""
 
-import sys
-
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import xarray as xr
+from command import call
 from test_tracing import FACTS, leftovers
 from tiny import ARCHITECTURES, random_model, saved, tiny, tokenizer
 
 import workbench as wb
-from workbench import cli
 from workbench.models import load_model
 from workbench.results import open_result, save_result
 from workbench.tracing import (
@@ -283,15 +281,6 @@ def test_results_that_do_not_belong_together_are_refused() -> None:
         agreement(traced, attributed, score="both")
     with pytest.raises(ValueError, match="No fact has a token of the role"):
         profiles(traced, attributed, role="further")
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["workbench", *arguments])
-    try:
-        cli.main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
 
 
 def test_the_commands_equal_the_package(tmp_path, monkeypatch, capsys) -> None:

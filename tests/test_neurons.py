@@ -1,6 +1,5 @@
 """Knowledge neurons: the planted ones exactly, thresholds against literal loops, weights put back to the bit."""
 
-import sys
 from dataclasses import replace
 from functools import cache
 
@@ -9,12 +8,12 @@ import pandas as pd
 import planted
 import pytest
 import torch
+from command import call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import FACTS, random_model, saved, tiny, tokenizer
 
 import workbench as wb
-from workbench import cli
 from workbench.facts import FactSet
 from workbench.intervals import means
 from workbench.models import load_model
@@ -402,15 +401,6 @@ def test_a_planted_fact_is_erased_or_edited_and_others_stay() -> None:
 
 
 # The command
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["workbench", *map(str, arguments)])
-    try:
-        cli.main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
 
 
 def test_the_command_equals_the_package(tmp_path, monkeypatch, capsys) -> None:

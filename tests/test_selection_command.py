@@ -1,26 +1,16 @@
 """`workbench select`, `stability` and `agreement` say what the package says."""
 
 import json
-import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from command import call
 from test_selection import dataset, distinct
 from test_selection_aware import collisions
 
-from workbench import cli
 from workbench.results import open_store, save_result
 from workbench.selection import agreement, select, stability
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["workbench", *map(str, arguments)])
-    try:
-        cli.main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Suppression: against zeroed weights in plain transformers, exact known answers, and the test of a score by it."""
 
-import sys
 from functools import cache
 
 import numpy as np
@@ -9,12 +8,12 @@ import planted
 import pytest
 import torch
 import xarray as xr
+from command import call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import FACTS, random_model, saved, tiny, tokenizer
 
 import workbench as wb
-from workbench import cli
 from workbench.intervals import means
 from workbench.models import load_model
 from workbench.selection import Selection, select
@@ -347,15 +346,6 @@ def test_reading_several_interventions_at_once_equals_reading_them_alone() -> No
 
 
 # The command
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["workbench", *map(str, arguments)])
-    try:
-        cli.main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
 
 
 def test_the_command_equals_the_package(tmp_path, monkeypatch, capsys) -> None:
