@@ -53,6 +53,7 @@ def plan(
     measured = _measured(model, groups, settings, work)
     passes, rows = _work(model, groups, settings, work.room, measured.samples)
     seen, spent = sum(s.rows for s in measured.samples), sum(s.seconds for s in measured.samples)
+    result_bytes = 4 * len(facts) * (model.n_layers * (work.labels["n_units"] + 1) + 1)
     return Plan(
         settings=settings,
         facts=len(todo),
@@ -61,8 +62,8 @@ def plan(
         passes=passes,
         rows=rows,
         exact=settings.steps > 0,
-        result_bytes=4 * len(facts) * (model.n_layers * (work.labels["n_units"] + 1) + 1),
-        disk_bytes=measured.disk_bytes,
+        result_bytes=result_bytes,
+        disk_bytes=measured.frame_bytes + result_bytes,  # scores are stored as they are
         free_bytes=None if out is None else _free(pathlib.Path(out)),
         memory_bytes=peak_memory(model.device),
         seconds=checking + rows * spent / max(1, seen) + measured.writing * len(todo),
@@ -72,10 +73,10 @@ def plan(
 
 @dataclass(frozen=True)
 class _Measured:
-    """The samples, bytes of the whole result on disk, and seconds of writing a fact."""
+    """The samples, bytes on disk of a result without its numbers, and seconds of writing a fact."""
 
     samples: tuple[Sample, ...]
-    disk_bytes: int
+    frame_bytes: int
     writing: float
 
 
@@ -110,9 +111,7 @@ def _measured(model: HookedModel, groups: Sequence[Group], settings: Settings, w
                 store.write(range(n_measured, n_measured + len(group)), *found)
                 writing += time.perf_counter() - started
                 n_measured += len(group)
-        grown = _bytes(folder) - empty
-    share = len(work.labels["ids"]) / max(1, n_measured)
-    return _Measured(tuple(samples), round(empty + grown * share) if n_measured else 0, writing / max(1, n_measured))
+    return _Measured(tuple(samples), empty, writing / max(1, n_measured))
 
 
 def _scored(model: HookedModel, group: Group, settings: Settings, room: Room) -> Any:

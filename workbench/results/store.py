@@ -264,7 +264,13 @@ def _create(folder: Path, labels: xr.Dataset) -> None:
     for name, (dims, dtype, per_chunk, fill) in _specifications(*(sizes[d] for d in ("fact", "layer", "unit"))).items():
         shape = tuple(sizes[dim] for dim in dims)
         group.create_array(
-            name, shape=shape, chunks=(per_chunk, *shape[1:]), dtype=dtype, fill_value=fill, dimension_names=dims
+            name,
+            shape=shape,
+            chunks=(per_chunk, *shape[1:]),
+            dtype=dtype,
+            fill_value=fill,
+            dimension_names=dims,
+            compressors=None if name == "score" else "auto",  # scores hardly shrink, and packing makes reading slow
         )
     group.attrs.update({**labels.attrs, "coordinates": "relation", KIND: "attribution"})
 
