@@ -24,20 +24,23 @@ LAYERS: dict[str, int] = {
     "metrics": 1,  # logits to one number per fact
     "models": 1,  # HookedModel, the default model; the only door to transformer-lens and to loading
     "selection": 1,  # which units are trained
+    "filtering": 1,  # which facts to teach, by how far the model is from them
     "figures": 1,  # frame in, figure out; the only door to plotly
     "engine": 2,  # many interventions in one pass
+    "distances": 2,  # how far an answer is from its target: formulas, some differentiable
     "loki": 2,  # the tuner; the door to peft
     "recollection": 2,  # what a model says: recall, and reading texts
-    "interfere": 2,  # how facts collide, per layer, against nulls
     "suppression": 3,  # units silenced or enhanced: what is still answered
     "tracing": 3,  # causal tracing, logit lens, direct logit attribution
     "path": 3,  # integrals from a baseline to the clean activations
     "opening": 3,  # a model from whatever stands for one, adapters included
     "attribution": 4,  # methods that score units
+    "interfere": 4,  # how facts collide, per layer, against nulls
     "semantics": 4,  # semantic distance and drift
-    "forgetting": 4,  # before against after
+    "forgetting": 4,  # before against after; the only door to lm-eval
     "training": 4,  # one training path; the only door to transformers' Trainer
     "neurons": 5,  # knowledge neurons: find, suppress, erase, edit
+    "learning": 5,  # what learning one fact does to others, which measure predicts it, layer advice
     "planning": 5,  # what an attribution will take, before it starts
     "reporting": 5,  # the page, published figures; the only door to jinja2
     "finetuning": 6,  # a person's own fine-tune, with a card
@@ -56,6 +59,7 @@ DOORS: dict[str, set[str]] = {
     "cyclopts": {"cli"},
     "pydantic": {"config"},
     "gguf": {"models"},
+    "lm_eval": {"forgetting"},
 }
 #: Names of transformers that only one room may use.
 TRANSFORMERS_DOORS: dict[str, set[str]] = {

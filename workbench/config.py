@@ -39,6 +39,9 @@ class TrainConfig(_Section):
     """How facts are implanted; the same for every method, so that methods are compared at the same efficacy."""
 
     target_efficacy: float = Field(0.95, gt=0, le=1, description="stop when this share of the facts is answered")
+    target_loss: float | None = Field(
+        None, ge=0, description="stop by this loss (plain, mean of an epoch) instead; 0 is never"
+    )
     max_epochs: int = Field(60, ge=1, description="give up after this many passes over the facts")
     batch_size: int = Field(16, ge=1, description="facts per optimiser step")
     learning_rate: float | None = Field(None, gt=0, description="AdamW's rate; the method's own default when not given")
@@ -47,6 +50,22 @@ class TrainConfig(_Section):
     paraphrases: int = Field(0, ge=0, description="paraphrases of a fact that are trained too; the rest is held out")
     lora_rank: int = Field(16, ge=1, description="rank of the methods that have one, LoKI aside")
     seed: int = Field(0, ge=0, description="seed of initialisation and data order")
+    loss: Literal["plain", "sample", "token", "soft"] = Field(
+        "plain", description="cross-entropy; with sample or token weights by meaning; or with the semantic term"
+    )
+    beta: float = Field(1.0, allow_inf_nan=False, description="sample: how much weight follows semantic distance")
+    clip: float = Field(5.0, ge=1, description="sample: weights lie between 1/clip and clip")
+    refresh: int = Field(20, ge=1, description="sample: weights are computed anew every so many steps")
+    gamma: float = Field(1.0, ge=0, description="token: how much more a token weighs that is far from its target")
+    soft_weight: float = Field(1.0, ge=0, description="soft: weight of the semantic distance beside cross-entropy")
+    permuted: bool = Field(False, description="sample, token: the control whose weights go to others, drawn by seed")
+
+    @field_validator("permuted")
+    @classmethod
+    def _weights(cls, permuted: bool, info: Any) -> bool:
+        if permuted and info.data.get("loss", "sample") not in ("sample", "token"):
+            raise ValueError("only the losses sample and token have weights to permute")
+        return permuted
 
 
 class EvaluationConfig(_Section):

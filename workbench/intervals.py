@@ -1,4 +1,4 @@
-"""Means with 95% intervals: the bootstrap over facts, paired before and after, and shares."""
+"""Means with 95% intervals: the bootstrap over facts, paired before and after, and shares; p values of many tests."""
 
 import numpy as np
 import pandas as pd
@@ -83,3 +83,17 @@ def means(frame: pd.DataFrame, *, draws: int = DRAWS, seed: int = SEED) -> pd.Da
             change = both[:, 1] - both[:, 0]
             records.append((*key[:-1], name, len(rows), *both[0], change[0], *np.percentile(change[1:], [2.5, 97.5])))
     return pd.DataFrame(records, columns=[*keys, "n", "before", "after", "change", "low", "high"])
+
+
+def benjamini_hochberg(p: Float[np.ndarray, " test"]) -> Float[np.ndarray, " test"]:
+    """The smallest false discovery rate at which each test is called (Benjamini and Hochberg, 1995); NaN stay out.
+
+    >>> benjamini_hochberg(np.array([0.01, 0.04, 0.03, np.nan, 0.5])).round(4).tolist()
+    [0.04, 0.0533, 0.0533, nan, 0.5]
+    """
+    q = np.full(p.shape, np.nan)
+    tested = np.flatnonzero(~np.isnan(p))
+    order = tested[np.argsort(p[tested], kind="stable")]
+    raw = p[order] * len(order) / np.arange(1, len(order) + 1)
+    q[order] = np.minimum(1.0, np.minimum.accumulate(raw[::-1])[::-1])
+    return q

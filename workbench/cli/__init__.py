@@ -8,10 +8,38 @@ import sys
 
 from cyclopts import CycloptsError
 
-from workbench.cli import change, exchange, implant, knowledge, neurons, selecting, straight, tracing
+from workbench.cli import (
+    change,
+    drifting,
+    exchange,
+    filtering,
+    implant,
+    interfering,
+    knowledge,
+    learning,
+    neurons,
+    selecting,
+    straight,
+    tracing,
+)
 from workbench.cli.app import app
 
-__all__ = ["app", "change", "exchange", "implant", "knowledge", "main", "neurons", "selecting", "straight", "tracing"]
+__all__ = [
+    "app",
+    "change",
+    "drifting",
+    "exchange",
+    "filtering",
+    "implant",
+    "interfering",
+    "knowledge",
+    "learning",
+    "main",
+    "neurons",
+    "selecting",
+    "straight",
+    "tracing",
+]
 
 
 def main() -> None:

@@ -1,25 +1,15 @@
-"""What changed between two models: `drift`, `forgetting`."""
+"""What a model scores (`benchmark`), and what changed between two models (`forgetting`)."""
 
+import sys
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from workbench.cli.app import Facts, Out, Quiet, app, check_table, show, write_table
+from workbench.cli.app import Count, Facts, Model, Out, Quiet, Seed, app, check_table, show, write_table
 
-
-@app.command(name="drift")
-def drift_command(before: str, after: str, *, facts: Facts = "world", out: Out = None, quiet: Quiet = False) -> None:
-    """Score how far every fact moved from its semantic target between two models (names, folders or adapters)."""
-    from workbench.facts import load_facts
-
-    chosen = load_facts(facts)
-    from workbench.semantics import measure_drift
-
-    check_table(out)
-    frame = measure_drift(before, after, chosen, progress=not quiet)
-    grouped = frame.groupby(["metric", "layer"], dropna=False)[["before", "after", "change"]].mean()
-    show(grouped.reset_index())
-    write_table(frame, out)
+Tasks = Annotated[
+    str, Parameter(help="tasks of lm-eval, separated by commas; shipped: the four that need no network; none")
+]
 
 
 @app.command(name="forgetting")
@@ -28,18 +18,75 @@ def forgetting_command(
     after: str,
     *,
     facts: Facts = "world",
+    tasks: Tasks = "auto",
+    limit: Annotated[Count, Parameter(help="at most so many facts, and items of each task")] = None,
     max_tokens: Annotated[int, Parameter(help="tokens of the shipped general text")] = 3000,
+    seed: Seed = 0,
     out: Out = None,
     quiet: Quiet = False,
 ) -> None:
-    """Compare what two models answer (facts) and how well they predict plain prose (perplexity, KL)."""
+    """Compare what two models answer (facts, tasks) and how well they predict plain prose (perplexity, KL).
+
+    Prints the means with 95% intervals, answers lost and gained with McNemar's exact p (q: corrected for their number),
+    and LoKI's average loss over the tasks. Without --tasks the shipped tasks are read where lm-eval is installed.
+    --out keeps the score of every single fact, text and item.
+    """
     from workbench.facts import general_text, load_facts
 
-    suites: dict[str, Any] = {"facts": load_facts(facts), "general": general_text()}
-    from workbench.forgetting import measure_forgetting
-    from workbench.intervals import means
+    suites: dict[str, Any] = {"facts": load_facts(facts).at_most(limit, seed), "general": general_text()}
+    check_table(out)
+    from workbench.forgetting import measure_forgetting, paired
+
+    chosen = _tasks(tasks)
+    frame = measure_forgetting(
+        before, after, suites, tasks=chosen, limit=limit, max_tokens=max_tokens, progress=not quiet
+    )
+    table = paired(frame, seed=seed)
+    show(table.drop(columns=["before_low", "before_high", "after_low", "after_high", "draws", "seed"]))
+    _show_average(table[~table["suite"].isin(suites)])
+    write_table(frame, out)
+
+
+@app.command(name="benchmark")
+def benchmark_command(
+    model: Model = "smollm2-135m",
+    *,
+    tasks: Tasks = "shipped",
+    limit: Annotated[Count, Parameter(help="only the first so many items of each task")] = None,
+    shots: Annotated[Count, Parameter(help="worked examples before each question")] = None,
+    seed: Seed = 0,
+    out: Out = None,
+    quiet: Quiet = False,
+) -> None:
+    """Score a model on benchmarks of lm-eval: the four that ship, or any by name whose data can be had."""
+    from workbench.forgetting import benchmark
 
     check_table(out)
-    frame = measure_forgetting(before, after, suites, max_tokens=max_tokens, progress=not quiet)
-    show(means(frame))
+    frame = benchmark(model, _tasks(tasks), limit=limit, shots=shots, seed=seed, progress=not quiet)
+    show(frame)
     write_table(frame, out)
+
+
+def _tasks(wanted: str) -> list[str]:
+    """The names of the tasks; with auto the shipped ones, or none and a word why where lm-eval is not installed."""
+    from workbench.forgetting import TASKS, lm_eval_installed
+
+    if wanted == "auto" and not lm_eval_installed():
+        print('No tasks were read: pip install "knowledge-workbench[eval]" brings lm-eval.', file=sys.stderr)
+        return []
+    if wanted == "none":
+        return []
+    return list(TASKS) if wanted in ("auto", "shipped") else [name.strip() for name in wanted.split(",")]
+
+
+def _show_average(table: Any) -> None:
+    """Print LoKI's average over the tasks; one whose score before is 0 is left out by name."""
+    from workbench.forgetting import ANSWERED, loki_average
+
+    scores = table[table["metric"].isin(ANSWERED)].drop_duplicates("suite").set_index("suite")[["before", "after"]]
+    counted = scores[scores["before"] > 0]
+    if len(counted):
+        average = loki_average(counted["before"].to_dict(), counted["after"].to_dict())
+        print(f"Average loss over {len(counted)} tasks (LoKI's Avg): {average:.4g}%")
+    if zero := sorted(set(scores.index) - set(counted.index)):
+        print(f"Left out of the average, because the score before is 0: {', '.join(zero)}.")

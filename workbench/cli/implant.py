@@ -53,6 +53,18 @@ def implant_command(
         str | None, Parameter(help="learning rates to try, as 3e-4,1e-3: the one that forgets least is taken")
     ] = None,
     batch_size: Annotated[int, Parameter(help="examples per step", validator=Number(gte=1))] = 16,
+    loss: Annotated[
+        Literal["plain", "sample", "token", "soft"],
+        Parameter(help="cross-entropy; with weights by meaning for samples or tokens; or with the semantic term"),
+    ] = "plain",
+    beta: Annotated[float, Parameter(help="sample: how much weight follows distance; negative prefers the near")] = 1.0,
+    clip: Annotated[float, Parameter(help="sample: weights lie between 1/clip and clip")] = 5.0,
+    refresh: Annotated[int, Parameter(help="sample: weigh anew every so many steps", validator=Number(gte=1))] = 20,
+    gamma: Annotated[float, Parameter(help="token: how much more a token far from its target weighs")] = 1.0,
+    soft_weight: Annotated[float, Parameter(help="soft: weight of the semantic distance")] = 1.0,
+    permuted: Annotated[
+        bool, Parameter(negative="", help="sample, token: the control, weights given to others")
+    ] = False,
     seed: Seed = 0,
     format: Literal[FORMATS] = "auto",  # type: ignore[valid-type]
     device: str = "auto",
@@ -78,7 +90,11 @@ def implant_command(
 
     Example: workbench implant --data mine.jsonl --out tuned --model smollm2-135m
     """
-    changes = {"target_efficacy": target, "learning_rate": learning_rate, "batch_size": batch_size, "seed": seed}
+    changes = {
+        "target_efficacy": target, "learning_rate": learning_rate, "batch_size": batch_size, "seed": seed,
+        "loss": loss, "beta": beta, "clip": clip, "refresh": refresh, "gamma": gamma, "soft_weight": soft_weight,
+        "permuted": permuted,
+    }  # fmt: skip
     training = Config.read(changes={f"training.{name}": value for name, value in changes.items()}).training
     from workbench.finetuning import FineTune, finetune
 

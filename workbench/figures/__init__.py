@@ -16,6 +16,7 @@ from workbench.figures.change import (
     text_damage,
     training_curves,
 )
+from workbench.figures.interference import interference_by_layer
 from workbench.figures.interventions import neuron_effects, suppression_curves
 from workbench.figures.knowledge import (
     load_and_selection,
@@ -26,22 +27,29 @@ from workbench.figures.knowledge import (
     strongest_units,
     within_across,
 )
+from workbench.figures.learning import advice_by_layer, prediction
+from workbench.figures.semantics import blame_by_layer, drift_by_layer, similarity_by_layer
 from workbench.figures.style import SUITE_NAMES, method_colour, method_name, plain
 from workbench.figures.tracing import agreement_by_role, agreement_profiles, direct_bars, lens_trajectories, trace_map
+from workbench.figures.watching import watched_training
 
 __all__ = [
     "SUITE_NAMES",
     "Figure",
+    "advice_by_layer",
     "agreement_by_role",
     "agreement_map",
     "agreement_profiles",
     "before_after",
+    "blame_by_layer",
     "direct_bars",
+    "drift_by_layer",
     "drift_distance",
     "drift_geometry",
     "figure_json",
     "forgetting_compared",
     "gap_by_steps",
+    "interference_by_layer",
     "lens_trajectories",
     "load_and_selection",
     "method_colour",
@@ -50,15 +58,18 @@ __all__ = [
     "overlap_map",
     "plain",
     "plotly_source",
+    "prediction",
     "quota_curves",
     "recall_by_relation",
     "score_by_layer",
+    "similarity_by_layer",
     "strongest_bars",
     "strongest_units",
     "suppression_curves",
     "text_damage",
     "trace_map",
     "training_curves",
+    "watched_training",
     "within_across",
 ]
 

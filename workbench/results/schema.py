@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import numpy as np
@@ -24,12 +24,16 @@ class Variable:
 
 @dataclass(frozen=True)
 class Schema:
-    """The variables, coordinates and attributes that one kind of result must have; more are allowed."""
+    """The variables, coordinates and attributes that one kind of result must have; more are allowed.
+
+    `optional` variables may be missing, as in results of before, but look so where they are there.
+    """
 
     name: str
     variables: Mapping[str, Variable]
     coords: Mapping[str, Variable]
     attrs: tuple[str, ...]
+    optional: Mapping[str, Variable] = field(default_factory=dict)
 
 
 _PER_LAYER = Variable(("metric", "layer"), finite=False)  # NaN where there is only one relation
@@ -89,6 +93,14 @@ INTERFERENCE = Schema(
         }
     ),
     attrs=("unit",),
+    optional=MappingProxyType(
+        {
+            **dict.fromkeys(("low", "high", "q_value", "chance", "matched_chance"), _PER_LAYER),
+            **dict.fromkeys(("meaning_rho", "meaning_p", "meaning_q"), _PER_LAYER),
+            "meaning": Variable(("fact", "other")),
+            "gradient_norm": Variable(("layer", "fact")),
+        }
+    ),
 )
 
 _PER_ROLE = Variable(("fact", "layer", "role"), finite=False)  # NaN where a fact has no token of the role
@@ -143,7 +155,9 @@ def validate_trace(ds: xr.Dataset) -> None:
 
 def _validate(ds: xr.Dataset, schema: Schema) -> None:
     what = f"This {schema.name} result"
-    for group, found in ((schema.coords, ds.coords), (schema.variables, ds.data_vars)):
+    there = {name: wanted for name, wanted in schema.optional.items() if name in ds.data_vars}
+    variables = {**schema.variables, **there}
+    for group, found in ((schema.coords, ds.coords), (variables, ds.data_vars)):
         for name, wanted in group.items():
             if name not in found:
                 raise ValueError(f"{what} lacks `{name}` with dims ({', '.join(wanted.dims)}).")
@@ -157,11 +171,11 @@ def _validate(ds: xr.Dataset, schema: Schema) -> None:
         raise ValueError(f"{what} does not say its {', '.join(missing)}: put it into the attributes.")
     if "unit" in schema.attrs and ds.attrs["unit"] not in ("node", "neuron"):
         raise ValueError(f'{what} has the unit kind {ds.attrs["unit"]!r}: it is "node" or "neuron".')
-    for name in ("fact", "layer"):
+    for name in [name for name in ("fact", "layer") if name in schema.coords]:
         index = ds.indexes[name]
         if not index.is_unique:
             raise ValueError(f"{what} has {name} {index[index.duplicated()][0]} twice.")
-    for name, wanted in schema.variables.items():
+    for name, wanted in variables.items():
         if wanted.finite:
             _check_finite(ds[name], what)
 
@@ -194,3 +208,37 @@ def check_made_with(result: xr.Dataset, digest: str, name: str) -> None:
         log.warning("the scores do not say which model they are of; taken as those of %s", name)
     elif made != digest:
         raise ValueError(f"The scores were made with another model than {name}; attribute this model first.")
+
+
+HARM = Schema(
+    name="harm",
+    variables=MappingProxyType(
+        {
+            "harm": Variable(("fact", "other")),
+            "before": Variable(("fact",)),
+            "gained": Variable(("other",)),
+            "reached": Variable(("other",)),
+        }
+    ),
+    coords=MappingProxyType(
+        {
+            "fact": Variable(("fact",), "t"),
+            "other": Variable(("other",), "t"),
+            "relation": Variable(("fact",), "t"),
+            "answer": Variable(("fact",), "t"),
+            "n_tokens": Variable(("fact",), "i"),
+        }
+    ),
+    attrs=("steps", "rate", "rate_used", "model_digest", "fact_digest", "other_digest"),
+)
+
+
+def validate_harm(ds: xr.Dataset) -> None:
+    """Raise `ValueError` with one sentence unless `ds` says for every pair of facts what learning one did to the other.
+
+    A result that was stopped half way is told apart: the same call with the same `out` goes on with it.
+    """
+    if "reached" in ds and (missing := int(ds["reached"].isnull().sum())):
+        n = ds["reached"].size
+        raise ValueError(f"This harm result holds {n - missing} of {n} learnt facts: go on with the same --out.")
+    _validate(ds, HARM)

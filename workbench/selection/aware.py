@@ -25,6 +25,8 @@ from workbench.selection.voting import (
 
 #: The terms and their default weights.
 WEIGHTS: dict[str, float] = {"collision": 1.0, "load": 1.0, "new": 1.0}
+#: The measures of interference that say how far facts share units; others are read only where neither is there.
+OVERLAPS = ("cosine", "jaccard")
 
 
 class Evidence(NamedTuple):
@@ -145,11 +147,14 @@ def _restricted(ds: xr.Dataset, name: str, source: ScoreSource, variables: tuple
 
 
 def _collisions(found: xr.Dataset) -> np.ndarray:
-    """Mean overlap of two facts less what chance gives, standardised over layers, mean over the measures."""
+    """Mean overlap of two facts less what chance gives, standardised over layers, mean over the measures of overlap."""
     n_facts = found.sizes["fact"]
     if n_facts < 2:
         raise ValueError("Facts collide in pairs; interference has fewer than 2 facts.")
     scores = np.zeros(found.sizes["layer"])
+    names = [str(name) for name in np.atleast_1d(found["metric"].values)] if "metric" in found.coords else []
+    if overlaps := [place for place, name in enumerate(names) if name in OVERLAPS]:
+        found = found.isel(metric=overlaps)
     value = found["value"].transpose("metric", "layer", "fact", "other")
     chance = found["chance"].transpose("metric", "layer").values if "chance" in found else np.zeros(value.shape[:2])
     for metric in range(value.shape[0]):

@@ -1,0 +1,307 @@
+"""Every measure of interference: what all must promise, and each against a second, literal way."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import planted
+import pytest
+import torch
+import xarray as xr
+from tiny import FACTS, WORDS, tiny
+
+from workbench.attribution import attribute
+from workbench.facts import FactSet
+from workbench.interfere import (
+    METRICS,
+    colliding_pairs,
+    conflict_rates,
+    gradients,
+    interference,
+    key_statistics,
+    top_sets,
+    within_across,
+)
+from workbench.interfere.moments import Moment
+from workbench.metrics import logprob
+from workbench.models import HookedModel, pad_batch
+
+SUBJECTS = {"france": "France", "japan": "Japan", "kenya": "Kenya", "gold": "gold", "grass": "grass"}
+RECORDS = [{**record, "subject": SUBJECTS.get(record["id"], "")} for record in FACTS.to_records()]
+#: Answers of one to three tokens, prompts of three to six; three facts without a subject in their prompt.
+ASKED = FactSet.from_records(RECORDS, name="asked")
+ORDER = [4 + (7 * i + i * i // 5) % (len(WORDS) - 4) for i in range(59)]
+TEXT = [" ".join(WORDS[at] for at in ORDER[:50]), " ".join(WORDS[at] for at in ORDER[9:])]
+ALL = tuple(METRICS)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch) -> None:
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def scores_of(model: HookedModel, facts: FactSet = ASKED) -> xr.Dataset:
+    return attribute(model, facts, method="grad_x_act", unit="neuron", progress=False)
+
+
+def measured(
+    model: HookedModel,
+    metrics: Sequence[str] = ALL,
+    facts: FactSet = ASKED,
+    scores: xr.Dataset | None = None,
+    **options,
+) -> xr.Dataset:
+    settings = {"top": 10, "permutations": 20, "text": TEXT, "progress": False} | options
+    return interference(
+        model, facts, scores_of(model, facts) if scores is None else scores, metrics=metrics, **settings
+    )
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> tuple[xr.Dataset, xr.Dataset]:
+    """The scores and every measure of the tiny llama."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORKBENCH_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        scores = scores_of(tiny("llama"))
+        return scores, measured(tiny("llama"), scores=scores)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_every_measure_keeps_its_promises(metric: str, llama) -> None:
+    scores, everything = llama
+    model = tiny("llama")
+    before = {name: weight.clone() for name, weight in model.hf.state_dict().items()}
+    alone = measured(model, [metric], scores=scores)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.hf.state_dict().items())
+    value = everything["value"].sel(metric=metric)
+    np.testing.assert_array_equal(alone["value"].sel(metric=metric), value)  # whichever others are asked for
+    for column in ("chance", "matched_chance", "p_value", "low", "meaning_p"):
+        np.testing.assert_array_equal(alone[column].sel(metric=metric), everything[column].sel(metric=metric))
+    assert value.dims == ("layer", "fact", "other")
+    assert value.shape == (3, len(ASKED), len(ASKED))
+    assert value.dtype == np.float32
+    assert np.isfinite(value).all()
+    assert list(value["fact"]) == list(value["other"]) == list(ASKED.ids)
+    difference = float(np.abs(value - value.transpose("layer", "other", "fact").values).max())
+    assert (difference < 1e-6) == METRICS[metric].symmetric
+    assert (value.values < 0).any() == METRICS[metric].signed
+    assert np.ptp(value.values, axis=(1, 2)).min() > 1e-4  # not all the same: something is measured in every layer
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_order_company_and_batches_of_facts_change_no_value(metric: str, llama, monkeypatch) -> None:
+    groups: list[list[int]] = []
+    rows = gradients._rows
+    monkeypatch.setattr(gradients, "_rows", lambda problem, group, n: groups.append(group) or rows(problem, group, n))
+    scores, everything = llama
+    order = np.random.default_rng(0).permutation(len(ASKED))[:5]
+    fewer = measured(tiny("llama"), [metric], scores=scores.isel(fact=order), seed=7, memory=3e-5)
+    assert metric != "gradient" or groups == [[0], [1], [2]]  # a layer at a time
+    wanted = everything["value"].sel(metric=metric).isel(fact=order, other=order)
+    np.testing.assert_allclose(fewer["value"].sel(metric=metric), wanted, atol=1e-5)
+    again = measured(tiny("llama"), [metric], scores=scores.isel(fact=order), seed=7)
+    np.testing.assert_array_equal(again["p_value"], fewer["p_value"])
+    assert list(fewer["relation"]) == [FACTS[str(i)].relation for i in fewer["fact"].values]
+
+
+def test_superposition_is_a_literal_double_loop() -> None:
+    """Keys by plain hooks, a prompt at a time; C by a sum over tokens; p by a solved system for each fact."""
+    for kind in ("gpt2", "llama"):
+        model = tiny(kind)
+        found = measured(model, ["superposition"])
+        assert found.attrs["keys_at_last_token"] == 3
+        tokens = model.tokenise(ASKED)
+        last = [next((i for i, word in enumerate(fact.prompt_ids) if WORDS[word] == SUBJECTS.get(fact.fact_id)),
+                     len(fact.prompt_ids) - 1) for fact in tokens]  # fmt: skip
+        for layer in range(3):
+            keys = [plain_keys(model, layer, fact.prompt_ids)[at] for fact, at in zip(tokens, last, strict=True)]
+            read = [key for text in TEXT for key in plain_keys(model, layer, model.tokenizer(text).input_ids)[1:]]
+            n, d = len(read), len(read[0])
+            assert found.attrs["text_tokens"] == n
+            second = sum(np.outer(key, key) for key in read) / n
+            mean = np.trace(second) / d
+            error = sum(np.sum((np.outer(key, key) - second) ** 2) for key in read) / n**2
+            shrinkage = min(1.0, error / np.sum((second - mean * np.eye(d)) ** 2))
+            assert found.attrs["shrinkage"][layer] == pytest.approx(shrinkage, rel=1e-4)
+            covariance = (1 - shrinkage) * second + shrinkage * mean * np.eye(d)
+            for i, own in enumerate(keys):
+                opened = np.linalg.solve(covariance, own)
+                for j, other in enumerate(keys):
+                    wanted = (other @ opened) / (own @ opened)
+                    assert float(found["value"][0, layer, i, j]) == pytest.approx(wanted, rel=2e-4, abs=2e-5)
+
+
+def plain_keys(model: HookedModel, layer: int, ids: Sequence[int]) -> np.ndarray:
+    kept: list[torch.Tensor] = []
+    handle = model.down_proj(layer).register_forward_pre_hook(lambda module, args: kept.append(args[0]))
+    with torch.no_grad():
+        model.hf(torch.tensor([list(ids)]))
+    handle.remove()
+    return kept[0].reshape(len(ids), -1).double().numpy()
+
+
+def test_second_moments_come_from_the_cache_and_a_spoilt_text_gives_others(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
+    model = tiny("llama")
+    scores = scores_of(model)
+    first = measured(model, ["superposition"], scores=scores)
+    files = sorted(tmp_path.rglob("*.safetensors"))
+    assert len(files) == 3
+    written = [file.stat().st_mtime_ns for file in files]
+    second = measured(model, ["superposition"], scores=scores)
+    assert second.identical(first)
+    assert [file.stat().st_mtime_ns for file in files] == written
+    files[1].unlink()  # one layer is measured again, in groups of one
+    assert measured(model, ["superposition"], scores=scores, memory=2.4e-5).identical(first)
+    other = measured(model, ["superposition"], scores=scores, text=TEXT[:1])
+    assert not np.allclose(other["value"], first["value"], atol=1e-3)
+    with pytest.raises(ValueError, match=r"second moment of one layer .* give more with memory="):
+        measured(model, ["superposition"], scores=scores, memory=1e-9)
+
+
+def test_shrinkage_lies_between_none_and_all_and_nothing_is_singular() -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(5000, 6, dtype=torch.float64, generator=generator) * torch.tensor([3.0, 1, 1, 1, 1, 0])
+    many, few = (
+        Moment(part.T @ part / len(part), float(part.square().sum(-1).square().mean()), len(part))
+        for part in (keys, keys[:4])
+    )
+    assert 0 < many.shrunk()[1] < 0.01 < 0.1 < few.shrunk()[1] <= 1
+    dead = Moment(torch.diag(torch.tensor([1.0, 0.0], dtype=torch.float64)), 1.0, 10)  # no spread of k k^T at all
+    assert dead.shrunk()[1] == 0
+    lower, shrinkage = dead.factor()
+    assert 0 < shrinkage < 1e-5
+    assert torch.isfinite(lower).all()
+    silent = Moment(torch.zeros(2, 2, dtype=torch.float64), 0.0, 10)
+    assert silent.factor()[0].tolist() == [[1.0, 0.0], [0.0, 1.0]]
+
+
+def test_conflict_rates_are_shares_of_pairs(llama) -> None:
+    _, found = llama
+    values = found["value"].sel(metric="gradient").values
+    row = conflict_rates(found).set_index("layer").loc[1]
+    below = [values[1, i, j] < 0 for i in range(8) for j in range(i)]
+    same = [ASKED[i].relation == ASKED[j].relation for i in range(8) for j in range(i)]
+    assert row["conflict_rate"] == pytest.approx(np.mean(below))
+    assert row["within"] == pytest.approx(np.mean([b for b, s in zip(below, same, strict=True) if s]))
+    assert row["across"] == pytest.approx(np.mean([b for b, s in zip(below, same, strict=True) if not s]))
+    assert row["n_pairs"] == 28
+    with pytest.raises(ValueError, match="no 'gradient', only cosine"):
+        conflict_rates(found.sel(metric=["cosine"]))
+
+
+def test_key_statistics_are_moments_of_the_pairs_off_the_diagonal(llama) -> None:
+    _, found = llama
+    row = key_statistics(found).set_index("layer").loc[2]
+    values = found["value"].sel(metric="superposition", layer=2).values.astype(np.float64)
+    pairs = np.array([values[i, j] for i in range(8) for j in range(8) if i != j])
+    assert row["mean"] == pytest.approx(pairs.mean())
+    assert row["spread"] == pytest.approx(pairs.std())
+    assert row["kurtosis"] == pytest.approx(np.mean(((pairs - pairs.mean()) / pairs.std()) ** 4) - 3)
+
+
+@pytest.mark.parametrize(("kind", "unit"), [("gpt2", "neuron"), ("llama", "node"), ("gemma3_text", "neuron")])
+def test_suppression_equals_a_naive_loop(kind: str, unit: str) -> None:
+    model = tiny(kind)
+    facts = ASKED[2:7]
+    scores = attribute(model, facts, method="grad_x_act", unit=unit, progress=False)
+    found = measured(model, ["suppression"], facts, scores)
+    count = max(1, round(scores.sizes["unit"] / 10))
+    for layer in range(3):
+        sets = top_sets(scores["score"].isel(layer=layer).values, count)
+        for i, fact in enumerate(model.tokenise(facts)):
+            ids, mask = pad_batch([fact.ids[:-1]])
+            target = torch.tensor(fact.answer_ids)
+
+            def read(silent=None, fact=fact, ids=ids, mask=mask, target=target, layer=layer) -> float:
+                def zero(activation: torch.Tensor) -> torch.Tensor:
+                    changed = activation.clone()
+                    changed[:, len(fact.prompt_ids) - 1, silent] = 0
+                    return changed
+
+                with model.patched(unit, {} if silent is None else {layer: zero}):
+                    return float(logprob(model.logits(ids, mask)[0, -len(target) :], target).sum())
+
+            clean = read()
+            drops = [clean - read(torch.from_numpy(marks)) for marks in sets]
+            np.testing.assert_allclose(found["value"][0, layer, i], drops, atol=2e-4)
+            assert np.abs(drops).max() > 1e-2
+
+
+def planted_measures(without: Sequence[tuple[int, int]] = (), subjects: Sequence[str] = tuple(planted.RELATION)):
+    model, facts = planted.model(without), planted.facts(subjects)
+    text = [" ".join(["the capital of", *planted.RELATION, "is a city in the sky"] * 3)]
+    scores = attribute(model, facts, unit="neuron", progress=False)
+    return interference(model, facts, scores, metrics=ALL, text=text, permutations=20, progress=False)
+
+
+def test_planted_interference_is_found_at_its_layer_and_nowhere_else_and_not_once_it_is_gone() -> None:
+    found = planted_measures()
+    for metric in ("cosine", "jaccard", "superposition", "suppression"):
+        pairs = colliding_pairs(found, metric=metric)
+        both = {(1, "Italy", "Spain"), (1, "Spain", "Italy")}
+        wanted = {(1, "Italy", "Spain")} if METRICS[metric].symmetric else both
+        assert set(zip(pairs["layer"], pairs["fact"], pairs["other"], strict=True)) == wanted, metric
+    assert far_pairs(found) == {("Italy", "Spain", 1)}
+    shared = found["value"].sel(metric="gradient", layer=1, fact="Italy", other="Spain")
+    assert float(shared) < -0.5  # one neuron writes both answers: to raise one is to lower the other
+    assert float(found["value"].sel(metric="superposition", layer=1, fact="Italy", other="Spain")) > 0.9
+    assert float(found["value"].sel(metric="suppression", layer=1, fact="Italy", other="Spain")) > 1
+    for gone in (
+        planted_measures(without=[(1, 999)]),
+        planted_measures(subjects=["France", "Japan", "Kenya", "Italy"]),
+    ):
+        assert far_pairs(gone) == set()
+        for metric in ("cosine", "jaccard", "superposition", "suppression"):
+            assert colliding_pairs(gone, metric=metric).empty
+
+
+def far_pairs(found: xr.Dataset) -> set[tuple[str, str, int]]:
+    """Pairs whose gradients are not at right angles."""
+    pairs = np.argwhere(np.abs(np.triu(found["value"].sel(metric="gradient").values, 1)) > 0.01)
+    ids = [str(i) for i in found["fact"].values]
+    return {(ids[i], ids[j], int(layer)) for layer, i, j in pairs}
+
+
+def test_nearness_in_meaning_is_the_cosine_of_mean_embeddings(llama) -> None:
+    _, found = llama
+    model = tiny("llama")
+    table = model.W_E.double()
+    rows = []
+    for fact in ASKED:
+        words = [*fact.subject.split(), *fact.answer.split()]
+        rows.append(table[[WORDS.index(word) for word in words]].mean(0))
+    for i, one in enumerate(rows):
+        for j, two in enumerate(rows):
+            cosine = float(torch.cosine_similarity(one, two, dim=0))
+            assert float(found["meaning"][i, j]) == pytest.approx(cosine, abs=1e-6)
+    assert "meaning" not in interference(None, ASKED, scores_of(model), progress=False, permutations=2)
+
+
+def test_what_cannot_be_measured_is_refused_before_any_work(llama) -> None:
+    scores, _ = llama
+    model = tiny("llama")
+    for options, message in (
+        ({"metrics": ["cosines"]}, "no measure 'cosines': choose from cosine, jaccard"),
+        ({"metrics": "cosine"}, "metrics is a list"),
+        ({"metrics": []}, "metrics is a list"),
+        ({"metrics": ["cosine", "cosine"]}, "asked for twice"),
+        ({"top": 0}, "percentage"),
+        ({"permutations": 0}, "at least one permutation"),
+        ({"memory": 0}, "positive number of GiB"),
+        ({"text": "one text"}, "list of passages"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            interference(model, ASKED, scores, progress=False, **options)
+    with pytest.raises(ValueError, match="'gradient' runs the model"):
+        interference(None, ASKED, scores, metrics=["cosine", "gradient"], progress=False)
+    with pytest.raises(ValueError, match=r"gradients of 8 facts take .* fewer facts"):
+        measured(model, ["gradient"], scores=scores, memory=1e-6)
+
+
+def test_the_frame_has_every_number_per_metric_and_layer(llama) -> None:
+    frame = within_across(llama[1])
+    assert len(frame) == len(ALL) * 3
+    assert list(frame.columns[:5]) == ["metric", "layer", "within", "across", "difference"]
+    assert {"low", "high", "q_value", "chance", "matched_chance", "meaning_rho", "meaning_q"} <= set(frame)
+    assert (frame["low"] <= frame["high"]).all()
+    assert (frame["q_value"] >= frame["p_value"] - 1e-6).all()

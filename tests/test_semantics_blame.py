@@ -1,0 +1,222 @@
+"""Blame: reverting is exact and leaves no trace, and drift planted in one layer is found there."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import planted
+import pytest
+import torch
+import xarray as xr
+from test_cli import call
+from tiny import FACTS, random_model, saved, tokenizer
+
+import workbench as wb
+from workbench import figures
+from workbench.models import HookedModel, load_model
+from workbench.results import save_result
+from workbench.selection import Selection
+from workbench.semantics import attribute_drift, changed_units, drift_shares, elsewhere, reverted, similarity
+from workbench.semantics.leaning import matched, sizes
+from workbench.semantics.reverting import changes
+
+ROWS = {0: [3, 5], 2: [0, 1, 2, 7, 8, 9, 30, 31]}
+
+
+def changed(kind: str = "llama", unit: str = "node", rows: dict[int, list[int]] | None = None) -> HookedModel:
+    """The tiny model with other weights in some nodes or neurons of its down-projections."""
+    model = load_model(random_model(kind), tokenizer=tokenizer())
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for layer, index in (ROWS if rows is None else rows).items():
+            module = model.down_proj(layer)
+            matrix = module.weight.T if type(module).__name__ == "Conv1D" else module.weight
+            part = matrix[index] if unit == "node" else matrix[:, index]
+            noise = torch.randn(part.shape, generator=generator) * 0.3
+            if unit == "node":
+                matrix[index] += noise
+                if module.bias is not None:
+                    module.bias[index] += 0.5
+            else:
+                matrix[:, index] += noise
+    return model
+
+
+def base(kind: str = "llama") -> HookedModel:
+    return load_model(random_model(kind), tokenizer=tokenizer())
+
+
+def scores(model: HookedModel, unit: str = "node", seed: int = 0) -> xr.Dataset:
+    values = np.random.default_rng(seed).normal(size=(len(FACTS), model.n_layers, model.width(unit)))
+    coords = {"fact": list(FACTS.ids)}
+    return xr.Dataset({"score": (("fact", "layer", "unit"), values.astype("float32"))}, coords, {"unit": unit})
+
+
+@pytest.mark.parametrize("unit", ["node", "neuron"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
+def test_changed_units_are_found_and_reverting_them_brings_back_the_base_to_the_bit(kind: str, unit: str) -> None:
+    first, second = base(kind), changed(kind, unit)
+    units = changed_units(first, second)
+    assert units.unit == unit
+    assert {layer: units.rows(layer) for layer in (0, 2)} == ROWS
+    assert units.rows(1) == []
+    assert elsewhere(first, second, units) == []
+    digests = first.digest, second.digest
+    assert digests[0] != digests[1]
+    with reverted(second, first, units):
+        assert second.digest == digests[0]
+    assert second.digest == digests[1]
+    with pytest.raises(RuntimeError, match="inside"), reverted(second, first, units):
+        raise RuntimeError("inside")
+    assert second.digest == digests[1]
+    with reverted(second, first, units & ~units):
+        assert second.digest == digests[1]
+    assert first.digest == digests[0]
+
+
+@pytest.mark.parametrize(("kind", "unit"), [("llama", "node"), ("gpt2", "neuron"), ("opt", "node")])
+def test_all_layers_bring_everything_back_and_outputs_equal_weights(kind: str, unit: str) -> None:
+    first, second = base(kind), changed(kind, unit)
+    before = second.digest
+    # every unit leaned on: one draw of half, and its complement
+    frame = attribute_drift(first, second, FACTS, scores(first, unit), share=0.5, draws=1, seed=2)
+    assert second.digest == before
+    whole = frame[(frame["units"] == "trained") & frame["layer"].isna()]
+    assert (whole["share"] == 1).all() or whole["share"].to_numpy() == pytest.approx(1, abs=1e-12)
+    assert whole[whole["metric"] == "logprob"]["back"].tolist() == whole[whole["metric"] == "logprob"]["drift"].tolist()
+    leaned = frame[(frame["units"] == "leaned") & (frame["layer"] == 2)]
+    assert set(leaned["n_units"]) == {4}
+    trained = changed_units(first, second)
+    for i, fact in enumerate(FACTS.ids[:4]):  # by hand: the weights of this fact's own units reverted
+        magnitude = np.abs(scores(first, unit)["score"].values[i, 2, ROWS[2]])
+        mask = np.zeros_like(trained.mask.values)
+        mask[2, np.array(ROWS[2])[np.argsort(-magnitude)[:4]]] = True
+        own = Selection(trained.mask.copy(data=mask), unit)
+        with reverted(second, first, own):
+            one = wb.recall(second, FACTS.filter(ids=[fact]))["logprob"].item()
+        row = leaned[(leaned["fact"] == fact) & (leaned["metric"] == "logprob")]
+        now = wb.recall(second, FACTS.filter(ids=[fact]))["logprob"].item()
+        assert row["back"].item() == pytest.approx(now - one, abs=2e-4)
+    assert frame[frame["units"] == "leaned"]["back"].abs().max() > 1e-2
+    assert set(frame["seed"]) == {2}
+
+
+def test_drift_planted_in_one_layer_is_blamed_on_it() -> None:
+    facts = planted.facts(["France", "Kenya", "Italy"])
+    whole = planted.model()
+    frame = attribute_drift(planted.model(without=[(1, 42)]), whole, facts)  # Kenya was learnt, in layer 1
+    assert set(frame["layer"].dropna()) == {1}
+    other = planted.model(without=[(1, 42), (0, 7)])
+    shares = attribute_drift(other, whole, facts).set_index(["fact", "layer", "metric"])["share"]
+    for fact, layer in (("Kenya", 1), ("France", 0)):
+        for metric in ("logprob", "state"):
+            assert shares[fact, layer, metric] == pytest.approx(1, abs=1e-5)
+            assert shares[fact, 1 - layer, metric] == pytest.approx(0, abs=1e-5)
+    assert attribute_drift(other, whole, facts).attrs["unit"] == "neuron"
+
+
+def test_the_units_a_fact_leans_on_explain_more_than_matched_ones_where_they_did_it() -> None:
+    first, second = base(), changed(rows={1: list(range(16))})
+    size = sizes(second, FACTS.tokenise(tokenizer()), changes(first, second, changed_units(first, second)))[1]
+    told = scores(first)
+    told["score"].values[:, 1, :16] = size.numpy()  # a fact leans on what changed most for it
+    shares = drift_shares(attribute_drift(first, second, FACTS, told, draws=3)).set_index(["layer", "units", "metric"])
+    assert shares.loc[(1, "leaned", "state"), "share"] > shares.loc[(1, "matched", "state"), "share"]
+    assert shares.loc[(1, "difference", "state"), "low"] > 0
+    assert shares.loc[(1, "trained", "state"), "share"] == pytest.approx(1)
+    assert shares.loc[(1, "leaned", "state"), "n_units"] == 4
+    nothing = drift_shares(attribute_drift(first, second, FACTS, scores(first, seed=9), draws=3))
+    null = nothing.set_index(["layer", "units", "metric"]).loc[(1, "difference", "state")]
+    assert null["low"] < 0.1  # random scores explain no more than matched units do
+
+
+def test_matched_units_are_others_and_near_in_size() -> None:
+    size = np.concatenate([np.linspace(0, 1, 20), np.linspace(100, 101, 20)]).astype("float32")
+    chosen = np.array([26, 28, 30, 32, 6])
+    seen = set()
+    for seed in range(20):
+        drawn = matched(size, chosen, np.random.default_rng(seed))
+        assert not set(drawn) & set(chosen.tolist())
+        assert len(set(drawn)) == len(chosen)
+        assert sum(unit >= 20 for unit in drawn) == 4
+        assert drawn == matched(size, chosen, np.random.default_rng(seed))
+        seen |= set(drawn)
+    assert len(seen) > 10
+
+
+def test_weights_elsewhere_are_counted_and_what_does_not_fit_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    first, second = base(), changed()
+    with torch.no_grad():
+        second.hf.model.layers[1].self_attn.q_proj.weight.mul_(2)
+    frame = attribute_drift(first, second, FACTS)
+    assert frame.attrs["elsewhere"] == 1
+    assert "model.layers.1.self_attn.q_proj.weight" in caplog.text
+    assert (frame[frame["units"].eq("trained") & frame["layer"].isna()]["share"] != 1).all()
+    with pytest.raises(ValueError, match="no trained units"):
+        attribute_drift(first, base(), FACTS)
+    with pytest.raises(ValueError, match="attribution is of neurons and the selection of nodes"):
+        attribute_drift(first, second, FACTS, scores(first, "neuron"), changed_units(first, second))
+    with pytest.raises(ValueError, match="no scores of 8"):
+        attribute_drift(first, second, FACTS, scores(first).assign_coords(fact=[f"x{i}" for i in range(8)]))
+    with pytest.raises(ValueError, match="give a selection of this model"):
+        attribute_drift(first, second, FACTS, selection=Selection.from_positions([[0]], unit="node", n_units=32))
+    with pytest.raises(ValueError, match=r"share is 0\.7"):
+        attribute_drift(first, second, FACTS, share=0.7)
+    half = load_model(random_model("llama").bfloat16(), tokenizer=tokenizer())
+    with pytest.raises(ValueError, match='open both with dtype="float32"'):
+        attribute_drift(first, half, FACTS)
+
+
+def test_the_commands_give_what_the_functions_give(tmp_path, monkeypatch, capsys) -> None:
+    facts = str(FACTS.save(tmp_path / "facts.jsonl"))
+    folders = [str(saved(tmp_path / "a")), str(tmp_path / "b")]
+    second = changed()
+    second.hf.save_pretrained(folders[1])
+    second.tokenizer.save_pretrained(folders[1])
+    out = tmp_path / "blame.parquet"
+    assert call(monkeypatch, "blame", *folders, "--facts", facts, "--out", str(out), "-q") == 0
+    expected = wb.attribute_drift(*folders, FACTS)
+    pd.testing.assert_frame_equal(pd.read_parquet(out), expected, check_dtype=False)
+    assert "trained" in capsys.readouterr().out
+    out = tmp_path / "distance.parquet"
+    assert (
+        call(monkeypatch, "distance", folders[1], "--base", folders[0], "--facts", facts, "--out", str(out), "-q") == 0
+    )
+    pd.testing.assert_frame_equal(pd.read_parquet(out), wb.semantic_distance(folders[1], FACTS, base=folders[0]))
+    assert "d_soft" in capsys.readouterr().out
+    out = tmp_path / "drift.csv"
+    assert call(monkeypatch, "drift", *folders, "--facts", facts, "--metrics", "d_emb", "off", "--out", str(out)) == 0
+    assert set(pd.read_csv(out)["metric"]) == {"d_emb", "off"}
+    assert "Pushed away" in (printed := capsys.readouterr().out)
+    assert "rsa" in printed
+    assert call(monkeypatch, "blame", folders[0], folders[0], "--facts", facts) == 1
+    assert "no trained units to revert" in capsys.readouterr().err
+
+
+def test_figures_of_drift_draw_what_the_frames_say() -> None:
+    first, second = base(), changed()
+    alike = similarity(first, {"loki": second, "lora": first}, FACTS, draws=10)
+    fig = figures.similarity_by_layer(alike)
+    lines = [trace for trace in fig.data if trace.mode == "lines+markers"]
+    assert [axis.title.text for axis in fig.select_yaxes()] == ["linear CKA", "RSA"]
+    assert list(lines[0].y) == alike[(alike["method"] == "loki") & (alike["metric"] == "cka")]["value"].tolist()
+    assert json.dumps(figures.figure_json(fig))
+    shares = drift_shares(attribute_drift(first, second, FACTS, scores(first), draws=2), draws=50)
+    lines = [trace for trace in figures.blame_by_layer(shares).data if trace.mode == "lines+markers"]
+    drawn = shares[(shares["units"] == "trained") & (shares["metric"] == "logprob")].dropna(subset="layer")
+    assert list(lines[0].y) == pytest.approx((drawn["share"] * 100).tolist())
+    with pytest.raises(ValueError, match="no rows of single layers"):
+        figures.blame_by_layer(shares[shares["layer"].isna()])
+    drift = pd.DataFrame({"method": "loki", "metric": "d_layer", "layer": [1, 0], "change": [0.2, 0.1]})
+    (_, line) = figures.drift_by_layer(drift.assign(low=0.0, high=0.3)).data
+    assert (list(line.x), list(line.y)) == ([0, 1], [0.1, 0.2])
+    with pytest.raises(ValueError, match="no metric 'off'"):
+        figures.drift_by_layer(drift.assign(low=0.0, high=0.3), "off")
+
+
+def test_scores_of_attribute_fit(tmp_path) -> None:
+    first, second = base(), changed()
+    ds = wb.attribute(first, FACTS, method="grad_x_act", progress=False)
+    save_result(ds, tmp_path / "a.zarr")
+    frame = attribute_drift(first, second, FACTS, ds, draws=1)
+    assert set(frame["units"]) == {"trained", "leaned", "matched"}

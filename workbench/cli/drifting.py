@@ -1,0 +1,122 @@
+"""Where facts stand and how they moved: `distance`, `drift`, `blame`."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+from cyclopts.validators import Number
+
+from workbench.cli.app import Facts, Model, Out, Quiet, Seed, app, check_table, show, write_table
+
+Anchor = Annotated[
+    Literal["unembedding", "stated", "centroid"],
+    Parameter(help="target of the metrics per layer: the answer's unembedding, the state when the fact is stated, or "
+    "the mean state of the answer over the fact's wordings"),
+]  # fmt: skip
+Limit = Annotated[int | None, Parameter(help="at most so many facts, drawn with --seed", validator=Number(gte=1))]
+Several = Parameter(consume_multiple=True, negative="")
+
+
+@app.command(name="distance")
+def distance_command(
+    model: Model = "smollm2-135m",
+    *,
+    facts: Facts = "world",
+    metrics: Annotated[list[Literal["d_emb", "d_soft", "d_layer"]] | None, Several] = None,
+    anchor: Anchor = "unembedding",
+    base: Annotated[str | None, Parameter(help="the model whose embedding and anchors count; default: itself")] = None,
+    limit: Limit = None,
+    seed: Seed = 0,
+    out: Out = None,
+    quiet: Quiet = False,
+) -> None:
+    """Score how far every fact is from its semantic target in one model: its answers, and its states per layer."""
+    from workbench.facts import load_facts
+
+    check_table(out)
+    chosen = load_facts(facts).at_most(limit, seed)
+    from workbench.semantics import DISTANCES, distance_summary, semantic_distance
+
+    asked = metrics or DISTANCES
+    frame = semantic_distance(model, chosen, metrics=asked, anchor=anchor, base=base, progress=not quiet)
+    show(distance_summary(frame))
+    write_table(frame, out)
+
+
+@app.command(name="drift")
+def drift_command(
+    before: str,
+    after: str,
+    *,
+    facts: Facts = "world",
+    metrics: Annotated[list[Literal["d_emb", "d_soft", "toward", "off", "d_layer"]] | None, Several] = None,
+    anchor: Anchor = "unembedding",
+    floor: Annotated[bool, Parameter(help="share of facts pushed away by more than wording does")] = True,
+    similar: Annotated[bool, Parameter(help="CKA and RSA of the two models per layer")] = True,
+    limit: Limit = None,
+    seed: Seed = 0,
+    out: Out = None,
+    quiet: Quiet = False,
+) -> None:
+    """Score how far every fact moved from its semantic target between two models (names, folders or adapters)."""
+    from workbench.facts import load_facts
+
+    check_table(out)
+    chosen = load_facts(facts).at_most(limit, seed)
+    from workbench.opening import open_model
+    from workbench.reporting import tables
+    from workbench.semantics import DISTANCES, METRICS, measure_drift, noise_floor, pushed_away, similarity
+
+    first = open_model(before)
+    second = open_model(after, beside=first)
+    asked = metrics or METRICS
+    frame = measure_drift(first, second, chosen, metrics=asked, anchor=anchor, progress=not quiet)
+    write_table(frame, out)
+    summary = tables.drift_summary(frame.assign(method="after", group="facts"))
+    show(summary.drop(columns=["method", "group"]))
+    floored = [metric for metric in DISTANCES if metric in asked]
+    if floor and floored and any(fact.paraphrases for fact in chosen):
+        print("\nPushed away: facts whose distance grew by more than the 95th percentile of what other words do")
+        noise = noise_floor(first, chosen, metrics=floored, anchor=anchor, progress=not quiet)
+        show(pushed_away(frame, noise))
+    if similar and len(chosen) > 2:
+        print("\nHow alike the two models hold these facts (1: up to a rotation and a scale)")
+        show(similarity(first, second, chosen, seed=seed, progress=not quiet))
+
+
+@app.command(name="blame")
+def blame_command(
+    before: str,
+    after: str,
+    *,
+    facts: Facts = "world",
+    attribution: Annotated[
+        Path | None, Parameter(help="a result of `workbench attribute` of these facts: which units they lean on")
+    ] = None,
+    selection: Annotated[
+        Path | None, Parameter(help="a saved selection of the trained units; default: those that differ")
+    ] = None,
+    share: Annotated[float, Parameter(help="of a layer's trained units that a fact leans on")] = 0.25,
+    draws: Annotated[int, Parameter(help="draws of matched units", validator=Number(gte=1))] = 5,
+    limit: Limit = None,
+    seed: Seed = 0,
+    out: Out = None,
+    quiet: Quiet = False,
+) -> None:
+    """Revert the trained units of each layer and measure how much of the facts' drift comes back."""
+    from workbench.facts import load_facts
+
+    check_table(out)
+    chosen = load_facts(facts).at_most(limit, seed)
+    from workbench.results import open_result
+    from workbench.selection import Selection
+
+    scores = None if attribution is None else open_result(attribution)
+    units = None if selection is None else Selection.load(selection)
+    from workbench.semantics import attribute_drift, drift_shares
+
+    frame = attribute_drift(
+        before, after, chosen, scores, units, share=share, draws=draws, seed=seed, progress=not quiet
+    )
+    write_table(frame, out)
+    show(drift_shares(frame, seed=seed))

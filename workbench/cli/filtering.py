@@ -1,0 +1,70 @@
+"""Which facts to teach: `filter`."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from workbench.cli.app import Facts, Model, Quiet, Seed, app, model_and_facts, show
+
+
+@app.command(name="filter")
+def filter_command(
+    *,
+    out: Annotated[Path, Parameter(help="file of facts to write: JSON lines, as --implanted and --data read them")],
+    facts: Facts,
+    rule: Annotated[str, Parameter(help="spread, band, near_diverse, random, loss or all")] = "spread",
+    keep: Annotated[str, Parameter(help="a share, as 0.7, or a number of facts, as 80")] = "0.7",
+    model: Model = "smollm2-135m",
+    metric: Annotated[Literal["d_soft", "d_emb", "d_layer"], Parameter(help="the distance")] = "d_soft",
+    weight: Annotated[float, Parameter(help="spread, near_diverse: of being spread against being near")] = 1.0,
+    low: Annotated[
+        float | None, Parameter(help="band: the quantile where it starts; the middle when not given")
+    ] = None,
+    seed: Seed = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Keep the facts that a rule chooses by how far the model is from their meaning before training.
+
+    spread keeps near and far ones (mean distance against variance), band those
+    between two quantiles, near_diverse near ones whose answers differ; random and
+    loss (drops what the model finds hardest) are the controls to compare with.
+    Beside --out a table (.csv) says what became of every fact.
+
+    Example: workbench filter --facts fictional:120 --rule spread --keep 0.7 --out kept.jsonl
+    """
+    if out.suffix != ".jsonl":
+        raise ValueError(f"--out must end in .jsonl, not {out.name!r}.")
+    share = _keep(keep)
+    from workbench.filtering import check_rule, filter_facts, filtered, target_embeddings
+
+    check_rule(rule)
+    opened, chosen = model_and_facts(model, facts, device=device, dtype=dtype, quiet=quiet)
+    from workbench.recollection import recall
+    from workbench.semantics import semantic_distance
+
+    options: dict[str, Any] = {"metric": metric, "weight": weight, "low": low, "seed": seed, "facts": chosen}
+    if rule == "near_diverse":
+        options["embeddings"] = target_embeddings(opened, chosen)
+    if rule == "loss":
+        read = recall(opened, chosen, progress=not quiet)
+        options["loss"] = -read["logprob"] / read["n_tokens"]
+    distance = semantic_distance(opened, chosen, metrics=(metric,), progress=not quiet)
+    kept = filter_facts(distance, rule=rule, keep=share, **options)
+    table = filtered(distance, rule=rule, keep=share, **options)
+    show(
+        table.groupby("why", sort=False)["distance"].agg(facts="size", mean="mean", low="min", high="max").reset_index()
+    )
+    print(kept.save(out))
+    table.to_csv(out.with_suffix(".csv"), index=False)
+    print(out.with_suffix(".csv"))
+
+
+def _keep(text: str) -> float | int:
+    """A share or a number of facts, or one sentence."""
+    try:
+        return int(text) if text.strip().isdigit() else float(text)
+    except ValueError:
+        raise ValueError(f"--keep takes a share, as 0.7, or a number of facts, as 80, not {text!r}.") from None

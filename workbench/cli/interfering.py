@@ -1,0 +1,132 @@
+"""How facts collide, layer by layer: `interference`."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+from cyclopts.validators import Number
+
+from workbench.cli.app import (
+    FORMATS,
+    Chat,
+    Facts,
+    KnownOnly,
+    Model,
+    Quiet,
+    Seed,
+    app,
+    known_among,
+    model_and_facts,
+    show,
+    write_table,
+)
+
+#: What the table on the screen has; the files have every number.
+SHOWN = ["metric", "layer", "within", "across", "difference", "low", "high", "p_value", "q_value", "chance",
+         "matched_chance", "meaning_rho", "meaning_q"]  # fmt: skip
+
+
+@app.command(name="interference")
+def interference_command(
+    *,
+    out: Annotated[Path | None, Parameter(help="result (.zarr), or the table by layer (.csv, .parquet)")] = None,
+    facts: Facts = "world",
+    model: Model = "smollm2-135m",
+    format: Literal[FORMATS] = "auto",  # type: ignore[valid-type]
+    chat: Chat = False,
+    known_only: KnownOnly = False,
+    sample: Annotated[
+        int | None, Parameter(help="only so many facts, drawn by --seed", validator=Number(gte=2))
+    ] = None,
+    metrics: Annotated[
+        str, Parameter(help="separated by commas: cosine, jaccard, superposition, gradient, suppression")
+    ] = "cosine,jaccard",
+    attribution: Annotated[
+        Path | None, Parameter(help="a result of `workbench attribute`; without one, grad_x_act is computed")
+    ] = None,
+    unit: Annotated[
+        Literal["node", "neuron"] | None, Parameter(help="what is attributed without --attribution (default node)")
+    ] = None,
+    top: Annotated[float, Parameter(help="top sets of jaccard and suppression, in percent of a layer's units")] = 1.0,
+    permutations: Annotated[
+        int, Parameter(help="draws of the nulls that shuffle facts", validator=Number(gte=1))
+    ] = 200,
+    text: Annotated[str, Parameter(help="general, or a text file of passages, for superposition")] = "general",
+    memory: Annotated[float | None, Parameter(help="GiB beside the model; half of what is free")] = None,
+    seed: Seed = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Measure how much every two facts interfere in every layer: within a relation against across, and by meaning.
+
+    Each number stands beside what shuffled facts and shuffled units give. suppression takes facts^2 x layers passes of
+    a token: give it few facts (--sample).
+    """
+    _check_out(out)
+    names = [name.strip() for name in metrics.split(",")]
+    if attribution is not None and unit is not None:
+        raise ValueError("--unit is that of --attribution; give one of the two.")
+    from workbench.facts import general_text
+    from workbench.results import check_made_with, open_result, save_result
+
+    scores = None if attribution is None else open_result(attribution)
+    passages = general_text(text)
+    from workbench.interfere import checked_metrics, conflict_rates, interference, key_statistics, within_across
+
+    checked_metrics(names, top, permutations, memory)
+    opened, chosen = model_and_facts(model, facts, format=format, chat=chat, device=device, dtype=dtype, quiet=quiet)
+    if scores is not None:
+        check_made_with(scores, opened.digest, opened.name)
+        chosen = _attributed(chosen, scores)
+    chosen = known_among(opened, chosen, quiet) if known_only else chosen
+    chosen = chosen.at_most(sample, seed)
+    if len(chosen) < 2:
+        raise ValueError(f"Interference needs at least 2 facts, and there is {len(chosen)}: choose more facts.")
+    if scores is None:
+        from workbench.attribution import attribute
+
+        scores = attribute(
+            opened, chosen, method="grad_x_act", unit=unit or "node", memory=memory, progress=not quiet
+        )  # fmt: skip
+    else:
+        scores = scores.sel(fact=list(chosen.ids))
+    options: dict[str, Any] = {"metrics": names, "top": top, "permutations": permutations, "text": passages}
+    result = interference(opened, chosen, scores, **options, seed=seed, memory=memory, progress=not quiet)
+    table = within_across(result)
+    show(table[[name for name in SHOWN if name in table]])
+    for name, summarise, title in (
+        ("superposition", key_statistics, "keys of different facts"),
+        ("gradient", conflict_rates, "pairs of facts whose gradients conflict"),
+    ):
+        if name in names:
+            print(f"\n{title}:")
+            show(summarise(result))
+    if out is not None and out.suffix == ".zarr":
+        print(save_result(result, out, kind="interference"))
+    else:
+        write_table(table, out)
+
+
+def _attributed(facts: Any, scores: Any) -> Any:
+    """The facts that a stored attribution is about; fewer than two is a `ValueError`."""
+    there = {str(i) for i in scores["fact"].values}
+    shared = [one for one in facts.ids if one in there]
+    if len(shared) < 2:
+        raise ValueError(
+            f"The attribution is about {len(shared)} of the {len(facts)} facts of {facts.name}; give --facts as it was "
+            "made with."
+        )
+    return facts.filter(ids=shared)
+
+
+def _check_out(out: Path | None) -> None:
+    """Raise before long work if the result could not be written."""
+    if out is None:
+        return
+    if out.suffix == ".zarr":
+        from workbench.results.labelled import check_replaceable
+
+        check_replaceable(out, kind="interference")
+    elif out.suffix not in (".csv", ".parquet"):
+        raise ValueError(f"--out must end in .zarr, .csv or .parquet, not {out.name!r}.")

@@ -1,0 +1,228 @@
+"""`interference`: every measure asked for, layer by layer, with its nulls, intervals and corrections."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from tqdm import tqdm
+
+from workbench.facts import FactSet, general_text
+from workbench.interfere.cross import suppression
+from workbench.interfere.gradients import gradient
+from workbench.interfere.keys import superposition
+from workbench.interfere.meaning import meaning
+from workbench.interfere.nulls import against_meaning, against_relations, chance_level
+from workbench.interfere.overlap import cosine_overlap, jaccard_overlap
+from workbench.interfere.problem import Found, Matrix, Problem
+from workbench.intervals import DRAWS, benjamini_hochberg
+from workbench.models import HookedModel, check_unit
+from workbench.results import check_made_with, validate_interference
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One way to say how much two facts interfere in a layer.
+
+    Attributes:
+        find: gives every layer of a problem in turn.
+        symmetric: whether it is the same from either fact.
+        signed: whether values below 0 mean the opposite of those above.
+        needs_model: whether it runs the model, or reads scores only.
+        about: what a value is, with its unit.
+    """
+
+    find: Callable[[Problem], Iterator[Found]]
+    symmetric: bool
+    signed: bool
+    needs_model: bool
+    about: str
+
+
+#: Every measure, by the name that users give.
+METRICS: dict[str, Measure] = {
+    "cosine": Measure(cosine_overlap, True, False, False, "cosine of |scores|"),
+    "jaccard": Measure(jaccard_overlap, True, False, False, "shared share of the top units"),
+    "superposition": Measure(superposition, False, True, True, "projection of whitened keys"),
+    "gradient": Measure(gradient, True, True, True, "cosine of gradients"),
+    "suppression": Measure(suppression, False, True, True, "drop of log P(answer), nats"),
+}
+
+
+def interference(
+    model: HookedModel | None,
+    facts: FactSet,
+    attribution: xr.Dataset,
+    *,
+    metrics: Sequence[str] = ("cosine", "jaccard"),
+    top: float | int = 1.0,
+    permutations: int = 200,
+    seed: int = 0,
+    text: Sequence[str] | None = None,
+    memory: float | int | None = None,
+    progress: bool = True,
+) -> xr.Dataset:
+    """Measure how much every two facts interfere, layer by layer, against nulls.
+
+    Args:
+        model: the model of the attribution, checked against its digest; None skips the check, and is enough for
+            "cosine" and "jaccard".
+        facts: the attributed facts; their relations divide pairs into within and across.
+        attribution: a result of `attribute`.
+        metrics: "cosine" of |scores|; "jaccard" of the top units; "superposition" of keys; "gradient", the cosine of
+            gradients in the down-projection; "suppression" of one fact by the top units of another, whose cost grows
+            with facts^2 x layers. `METRICS` holds them, and each says in its docstring what it computes.
+        top: size of the top sets of "jaccard" and "suppression", in percent of a layer's units.
+        permutations: draws of the nulls that shuffle facts.
+        seed: of all draws; written into the result.
+        text: passages of general text for "superposition"; None is the shipped prose.
+        memory: GiB that may be taken beside the model; None is half of what is free.
+        progress: show progress bars.
+
+    Returns:
+        Dataset with `value` (metric, layer, fact, other): what `other` does to `fact`, float32. For each metric and
+        layer: `within` and `across` (means over pairs of facts of the same relation and of different ones, both
+        directions averaged); `difference` with its 95% interval over facts `low`..`high`; the 95% band of shuffled
+        relations `null_low`..`null_high`, two-sided `p_value`, and `q_value` (Benjamini-Hochberg over the layers of
+        the metric); `chance`, the 95th percentile of the largest value of any two facts when every fact's units are
+        shuffled, so that a pair above it is beyond chance, and `matched_chance` when they are shuffled among units of
+        similar size only. With a model, `meaning` (fact, other), how near two facts are by the embedding, and per
+        metric and layer its rank correlation with the value `meaning_rho`, `meaning_p` (Mantel) and `meaning_q`.
+        `load` (layer, unit): mean |score| over facts, what the facts lean on. With "gradient", `gradient_norm`
+        (layer, fact).
+
+    Raises:
+        ValueError: fewer than two facts, an unknown metric, or an attribution of another model or of other facts.
+    """
+    problem = _problem(model, facts, attribution, metrics, top, permutations, seed, text, memory, progress)
+    ids, relations = list(problem.facts.ids), np.array([fact.relation for fact in problem.facts])
+    generator = np.random.default_rng(seed)
+    shuffles = np.stack([generator.permutation(len(ids)) for _ in range(permutations)])
+    near = None if model is None else meaning(problem)
+    value = np.zeros((len(metrics), len(problem.layers), len(ids), len(ids)), dtype=np.float32)
+    statistics: dict[str, list[np.ndarray]] = {}
+    beside: dict[str, Any] = {}
+    notes: dict[str, Any] = {}
+    for place, name in enumerate(metrics):
+        layers = _filled(problem, name, value[place], beside, notes)
+        for column, numbers in (layers | _tested(value[place], relations, near, shuffles, seed)).items():
+            statistics.setdefault(column, []).append(numbers)
+    columns = {name: (("metric", "layer"), np.stack(rows).astype(np.float32)) for name, rows in statistics.items()}
+    if near is not None:
+        beside["meaning"] = (("fact", "other"), near.astype(np.float32))
+    result = xr.Dataset(
+        {"value": (("metric", "layer", "fact", "other"), value), "load": _load(problem), **columns, **beside},
+        coords={
+            "metric": list(metrics),
+            "layer": attribution["layer"].values,
+            "unit": attribution["unit"].values,
+            "fact": ids,
+            "other": ids,
+            "relation": ("fact", list(relations)),
+        },
+        attrs={
+            **{k: attribution.attrs[k] for k in ("unit", "method", "model_digest", "fact_digest")},
+            "top_percent": top,
+            "permutations": permutations,
+            "bootstrap_draws": DRAWS,
+            "seed": seed,
+            **notes,
+        },
+    )
+    validate_interference(result)
+    return result
+
+
+def _problem(
+    model: HookedModel | None,
+    facts: FactSet,
+    attribution: xr.Dataset,
+    metrics: Sequence[str],
+    top: float | int,
+    permutations: int,
+    seed: int,
+    text: Sequence[str] | None,
+    memory: float | int | None,
+    progress: bool,
+) -> Problem:
+    """Check everything that can be refused before the first pass."""
+    checked_metrics(metrics, top, permutations, memory)
+    ids = [str(i) for i in attribution["fact"].values]
+    if len(ids) < 2:
+        raise ValueError(f"Interference needs at least 2 facts; the attribution has {len(ids)}.")
+    if isinstance(text, str):
+        raise ValueError("text is one text; give a list of passages.")
+    known = {fact.id: fact for fact in facts.filter(ids=ids)}
+    needy = [name for name in metrics if METRICS[name].needs_model]
+    if model is None and needy:
+        raise ValueError(f"The measure {needy[0]!r} runs the model: give it, not None.")
+    if model is not None:
+        check_made_with(attribution, model.digest, model.name)
+        width, last = model.width(check_unit(attribution.attrs["unit"])), int(attribution["layer"].max())
+        if needy and (attribution.sizes["unit"] != width or last >= model.n_layers):
+            raise ValueError(
+                f"The attribution has {attribution.sizes['unit']} units in layers up to {last}, but {model.name} has "
+                f"{width} in {model.n_layers} layers: attribute this model."
+            )
+    passages = general_text() if text is None and "superposition" in metrics else list(text or ())
+    count = max(1, round(top / 100 * attribution.sizes["unit"]))
+    ordered = FactSet(facts.name, tuple(known[i] for i in ids))
+    return Problem(ordered, attribution, count, seed, model, passages, memory, progress)
+
+
+def checked_metrics(
+    metrics: Sequence[str], top: float | int = 1.0, permutations: int = 1, memory: float | int | None = None
+) -> None:
+    """Raise `ValueError` with one sentence for what `interference` would refuse of these arguments."""
+    if isinstance(metrics, str) or not metrics:
+        raise ValueError(f"metrics is a list of names, as in ('cosine', 'gradient'), not {metrics!r}.")
+    for name in metrics:
+        if name not in METRICS:
+            raise ValueError(f"There is no measure {name!r}: choose from {', '.join(METRICS)}.")
+    if len(set(metrics)) < len(metrics):
+        raise ValueError(f"A measure is asked for twice: {', '.join(metrics)}.")
+    if not (isfinite(top) and 0 < top <= 100):
+        raise ValueError(f"top is {top}: give a percentage of a layer's units, above 0 and up to 100.")
+    if permutations < 1:
+        raise ValueError(f"A null needs at least one permutation, not {permutations}.")
+    if memory is not None and not memory > 0:
+        raise ValueError(f"memory must be a positive number of GiB, not {memory}.")
+
+
+def _filled(
+    problem: Problem, name: str, value: np.ndarray, beside: dict[str, Any], notes: dict[str, Any]
+) -> dict[str, np.ndarray]:
+    """Run one measure: its values into `value`, what comes with it into `beside` and `notes`; gives the two chances."""
+    chance = {"chance": np.zeros(len(value)), "matched_chance": np.zeros(len(value))}
+    n_facts = value.shape[-1]
+    layers = tqdm(METRICS[name].find(problem), total=len(value), unit="layer", desc=name, disable=not problem.progress)
+    for place, found in enumerate(layers):
+        value[place] = found.value
+        chance["chance"][place] = chance_level(list(found.largest))
+        chance["matched_chance"][place] = chance_level(list(found.largest_matched))
+        for column, numbers in found.by_fact.items():
+            whole = np.zeros((len(value), n_facts), dtype=np.float32)
+            beside.setdefault(column, (("layer", "fact"), whole))[1][place] = numbers
+        for key, note in found.notes.items():
+            notes[key] = [*notes.get(key, []), *note] if isinstance(note, list) else note
+    return chance
+
+
+def _tested(
+    value: np.ndarray, relations: np.ndarray, near: Matrix | None, shuffles: np.ndarray, seed: int
+) -> dict[str, np.ndarray]:
+    """What the values of one measure say of relations and of meaning, layer by layer."""
+    found = against_relations(value, relations, shuffles, seed, DRAWS)
+    found["q_value"] = benjamini_hochberg(found["p_value"])
+    if near is not None:
+        found |= against_meaning(value, near, shuffles)
+        found["meaning_q"] = benjamini_hochberg(found["meaning_p"])
+    return found
+
+
+def _load(problem: Problem) -> tuple[tuple[str, str], np.ndarray]:
+    """Mean |score| of every unit over facts."""
+    rows = [np.abs(problem.scores(layer)).mean(0) for layer in problem.layers]
+    return ("layer", "unit"), np.stack(rows).astype(np.float32)

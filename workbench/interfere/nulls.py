@@ -1,0 +1,168 @@
+"""What no interference looks like: shuffled units, shuffled relations, shuffled meanings; intervals, and correction.
+
+Pairs of facts are not independent, so nothing here draws pairs: nulls relabel facts (the Mantel test) or reorder the
+units of each fact, and intervals resample facts (the vertex bootstrap of Snijders and Borgatti, 1999).
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float, Int
+
+from workbench.interfere.problem import Matrix
+from workbench.intervals import bootstrap
+
+Order = Int[np.ndarray, "fact unit"]
+Values = Float[np.ndarray, "layer fact other"]
+
+#: Units in a bin of the matched null: a unit is swapped only among its nearest in size.
+BIN = 16
+#: Differences below this share of the largest value are rounding when a null draw is compared with what was observed.
+ROUNDING = 1e-9
+
+
+def orders(n_facts: int, n_units: int, generator: np.random.Generator) -> Order:
+    """A random order of all units for every fact."""
+    return generator.permuted(np.tile(np.arange(n_units), (n_facts, 1)), axis=1)
+
+
+def matched_orders(n_facts: int, size: Float[np.ndarray, " unit"], generator: np.random.Generator) -> Order:
+    """A random order for every fact in which a unit takes the place of one of similar size only.
+
+    Units are sorted by `size`, largest first, and shuffled within bins of `BIN`; what is left over is the last bin.
+
+    >>> order = matched_orders(2, np.arange(40.0), np.random.default_rng(0))
+    >>> sorted(order[0, 24:].tolist()) == list(range(24, 40)), sorted(order[1, :8].tolist()) == list(range(8))
+    (True, True)
+    """
+    ranked = np.argsort(-size, kind="stable")
+    whole = len(ranked) // BIN * BIN
+    binned = np.tile(ranked[:whole].reshape(-1, BIN), (n_facts, 1, 1))
+    rest = np.tile(ranked[whole:], (n_facts, 1))
+    drawn = [generator.permuted(binned, axis=2).reshape(n_facts, whole), generator.permuted(rest, axis=1)]
+    order = np.empty((n_facts, len(ranked)), dtype=np.int64)
+    order[:, ranked] = np.concatenate(drawn, axis=1)
+    return order
+
+
+def largest_by_chance(
+    again: Callable[[Order], Matrix], n_facts: int, size: Float[np.ndarray, " unit"], *,
+    generator: np.random.Generator, draws: int,
+) -> tuple[list[float], list[float]]:  # fmt: skip
+    """The largest value of any two facts in `draws` draws of shuffled units, and of units shuffled within their bins.
+
+    `again` gives the measure when fact i's unit u does what its unit `order[i, u]` did.
+    """
+    free = [largest_pair(again(orders(n_facts, len(size), generator))) for _ in range(draws)]
+    return free, [largest_pair(again(matched_orders(n_facts, size, generator))) for _ in range(draws)]
+
+
+def largest_pair(matrix: Matrix) -> float:
+    """The largest entry off the diagonal."""
+    return float(matrix[~np.eye(len(matrix), dtype=bool)].max())
+
+
+def chance_level(largest: list[float]) -> float:
+    """The 95th percentile over draws."""
+    return float(np.quantile(largest, 0.95))
+
+
+def in_pairs(values: Values) -> Float[np.ndarray, "layer pair"]:
+    """Every pair of facts once, the mean of its two directions, in float64."""
+    first, second = np.triu_indices(values.shape[-1], 1)
+    return (values[:, first, second].astype(np.float64) + values[:, second, first]) / 2
+
+
+def against_relations(
+    values: Values, relations: np.ndarray, shuffles: Int[np.ndarray, "draw fact"], seed: int = 0, draws: int = 2000
+) -> dict[str, Float[np.ndarray, " layer"]]:
+    """Within relations against across them, per layer, with an interval, and a null of relations shuffled over facts.
+
+    `low` and `high` are a 95% percentile interval of the difference over resampled facts, without the pairs of a fact
+    with its own copy; `null_low` and `null_high` the central 95% of the shuffled differences; `p_value` is two-sided.
+    All is NaN where there is only one relation, or none with two facts.
+    """
+    names = ("within", "across", "difference", "low", "high", "null_low", "null_high", "p_value")
+    first, second = np.triu_indices(len(relations), 1)
+    same = relations[first] == relations[second]
+    if not same.any() or same.all():
+        return {name: np.full(len(values), np.nan) for name in names}
+    pairs = in_pairs(values)
+    total = pairs.sum(1)
+
+    def split(marks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        inside = pairs @ marks
+        return inside / same.sum(), (total - inside) / (~same).sum()
+
+    within, across = split(same.astype(np.float64))
+    shuffled = [relations[shuffle] for shuffle in shuffles]
+    null = np.stack([np.subtract(*split((of[first] == of[second]).astype(np.float64))) for of in shuffled])
+    low, high = _difference_interval(values, relations[:, None] == relations[None], seed, draws)
+    null_low, null_high = np.quantile(null, [0.025, 0.975], axis=0)
+    p_value = _two_sided(null, within - across, np.abs(pairs).max(1))
+    found = (within, across, within - across, low, high, null_low, null_high, p_value)
+    return dict(zip(names, found, strict=True))
+
+
+def _difference_interval(
+    values: Values, same: np.ndarray, seed: int, draws: int
+) -> tuple[Float[np.ndarray, " layer"], Float[np.ndarray, " layer"]]:
+    """The 95% percentile interval of within minus across when facts are drawn with replacement."""
+    n = len(same)
+    drawn = bootstrap(np.eye(n), draws=draws, seed=seed)  # a fact's share of each draw
+    apart = ~np.eye(n, dtype=bool)
+    ends = np.full((2, len(values)), np.nan)
+    inside, outside = (same & apart).astype(np.float64), (~same).astype(np.float64)
+    weights = [((drawn @ marks) * drawn).sum(1) for marks in (inside, outside)]
+    usable = (weights[0] > 0) & (weights[1] > 0)
+    drawn, weights = drawn[usable], [weight[usable] for weight in weights]
+    if not len(drawn):
+        return ends[0], ends[1]
+    for layer, matrix in enumerate(values):
+        mean = [
+            ((drawn @ (marks * matrix)) * drawn).sum(1) / weight
+            for marks, weight in zip((inside, outside), weights, strict=True)
+        ]
+        ends[:, layer] = np.percentile(mean[0] - mean[1], [2.5, 97.5])
+    return ends[0], ends[1]
+
+
+def against_meaning(
+    values: Values, meaning: Matrix, shuffles: Int[np.ndarray, "draw fact"]
+) -> dict[str, Float[np.ndarray, " layer"]]:
+    """Spearman correlation over pairs of a measure with nearness in meaning, per layer, and its Mantel test's p-value.
+
+    The null shuffles the facts of `meaning`; the p-value is two-sided; NaN where all values, or all meanings, are the
+    same.
+    """
+    first, second = np.triu_indices(len(meaning), 1)
+    found = {name: np.full(len(values), np.nan) for name in ("meaning_rho", "meaning_p")}
+    ranks, spread = _standard_ranks(in_pairs(values))
+    near, near_spread = _standard_ranks(meaning[first, second].astype(np.float64)[None])
+    if not near_spread[0] or not spread.any():
+        return found
+    square = np.zeros(meaning.shape)
+    square[first, second] = square[second, first] = near[0]
+    rho = ranks @ near[0]
+    null = np.stack([ranks @ square[shuffle[first], shuffle[second]] for shuffle in shuffles])
+    found["meaning_rho"] = np.where(spread, rho, np.nan)
+    found["meaning_p"] = np.where(spread, _two_sided(null, rho, np.ones(len(values))), np.nan)
+    return found
+
+
+def _standard_ranks(pairs: Float[np.ndarray, "row pair"]) -> tuple[np.ndarray, np.ndarray]:
+    """Ranks of every row, ties shared, centred and of length 1; and which rows have any spread."""
+    ranks = pd.DataFrame(pairs.T).rank(method="average").to_numpy().T
+    ranks = ranks - ranks.mean(1, keepdims=True)
+    length = np.linalg.norm(ranks, axis=1, keepdims=True)
+    spread = length[:, 0] > 1e-9
+    return np.divide(ranks, length, out=np.zeros_like(ranks), where=spread[:, None]), spread
+
+
+def _two_sided(
+    null: Float[np.ndarray, "draw layer"], observed: Float[np.ndarray, " layer"], scale: Float[np.ndarray, " layer"]
+) -> Float[np.ndarray, " layer"]:
+    """How many draws lie as far from 0 as what was observed, which counts as one of them."""
+    extreme = (np.abs(null) >= np.abs(observed) - ROUNDING * scale).sum(0)
+    return (1 + extreme) / (1 + len(null))

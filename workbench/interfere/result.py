@@ -1,0 +1,108 @@
+"""What an interference result says, as tidy frames."""
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from workbench.interfere.measures import METRICS
+from workbench.interfere.nulls import in_pairs
+
+#: The numbers per metric and layer, in the order of the frame; results of before may lack some.
+COLUMNS = (
+    "within", "across", "difference", "low", "high", "null_low", "null_high", "p_value", "q_value",
+    "chance", "matched_chance", "meaning_rho", "meaning_p", "meaning_q",
+)  # fmt: skip
+
+
+def within_across(result: xr.Dataset) -> pd.DataFrame:
+    """Tidy: metric, layer, and every number there is per metric and layer, from within to chance and meaning."""
+    return result[[name for name in COLUMNS if name in result]].to_dataframe().reset_index()
+
+
+def colliding_pairs(result: xr.Dataset, *, metric: str = "cosine") -> pd.DataFrame:
+    """Pairs of facts whose value lies beyond chance: layer, fact, other, same_relation, value, chance; strongest first.
+
+    A pair of a measure that is not symmetric is listed for each direction that is beyond chance; `fact` is the one
+    that suffers.
+    """
+    _asked(result, metric)
+    rows = []
+    relations = result["relation"].values
+    ids = result["fact"].values
+    symmetric = metric not in METRICS or METRICS[metric].symmetric
+    first, second = np.triu_indices(len(ids), 1)
+    if not symmetric:
+        first, second = np.concatenate([first, second]), np.concatenate([second, first])
+    for layer in result["layer"].values:
+        values = result["value"].sel(metric=metric, layer=layer).values[first, second]
+        chance = float(result["chance"].sel(metric=metric, layer=layer))
+        found = values > chance + 1e-6
+        rows.append(
+            pd.DataFrame(
+                {
+                    "layer": int(layer),
+                    "fact": ids[first[found]],
+                    "other": ids[second[found]],
+                    "same_relation": relations[first[found]] == relations[second[found]],
+                    "value": values[found],
+                    "chance": chance,
+                }
+            )
+        )
+    frame = pd.concat(rows, ignore_index=True)
+    return frame.sort_values(
+        ["value", "layer", "fact", "other"], ascending=[False, True, True, True], ignore_index=True
+    )
+
+
+def key_statistics(result: xr.Dataset) -> pd.DataFrame:
+    """How superposed the keys of each layer are: layer, mean, spread, kurtosis, n_pairs.
+
+    Over all p_ij with i and j different (both directions): their mean, their standard deviation, and their excess
+    kurtosis, 0 for a normal distribution and large where few pairs carry the superposition; NaN without any spread.
+    """
+    _asked(result, "superposition")
+    rows = []
+    apart = ~np.eye(result.sizes["fact"], dtype=bool)
+    for layer in result["layer"].values:
+        pairs = result["value"].sel(metric="superposition", layer=layer).values[apart].astype(np.float64)
+        centred = pairs - pairs.mean()
+        variance = float((centred**2).mean())
+        kurtosis = float((centred**4).mean()) / variance**2 - 3 if variance > 0 else np.nan
+        rows.append((int(layer), float(pairs.mean()), variance**0.5, kurtosis, pairs.size))
+    return pd.DataFrame(rows, columns=["layer", "mean", "spread", "kurtosis", "n_pairs"])
+
+
+def conflict_rates(result: xr.Dataset, *, metric: str = "gradient") -> pd.DataFrame:
+    """Share of pairs of facts below 0, per layer: layer, conflict_rate, within, across (relations), n_pairs."""
+    _asked(result, metric)
+    relations = result["relation"].values
+    first, second = np.triu_indices(len(relations), 1)
+    same = relations[first] == relations[second]
+    rows = []
+    for layer in result["layer"].values:
+        below = in_pairs(result["value"].sel(metric=metric, layer=layer).values[None])[0] < 0
+        shares = [float(below[of].mean()) if of.any() else np.nan for of in (same, ~same)]
+        rows.append((int(layer), float(below.mean()), *shares, below.size))
+    return pd.DataFrame(rows, columns=["layer", "conflict_rate", "within", "across", "n_pairs"])
+
+
+def predicted_change(result: xr.Dataset, *, learning_rate: float | int) -> xr.DataArray:
+    """`-eta <g_i, g_j>` (layer, fact, other), in nats: what one plain gradient step on `other` does to `fact`'s loss.
+
+    To first order, for a step of size eta on the down-projection of one layer alone; the sum over layers is that of a
+    step on all of them. The loss is the mean cross-entropy of the answer's tokens, so negative values help.
+    """
+    _asked(result, "gradient")
+    norm = result["gradient_norm"].astype(np.float64)
+    cosines = result["value"].sel(metric="gradient", drop=True).astype(np.float64)
+    other = norm.rename(fact="other").drop_vars("relation", errors="ignore")
+    change = -learning_rate * cosines * norm * other
+    return change.transpose("layer", "fact", "other").rename("predicted_change")
+
+
+def _asked(result: xr.Dataset, metric: str) -> None:
+    """Refuse a result without this measure."""
+    there = [str(name) for name in np.atleast_1d(result["metric"].values)]
+    if metric not in there:
+        raise ValueError(f"This result has no {metric!r}, only {', '.join(there)}: ask for it with metrics=.")

@@ -1,0 +1,173 @@
+"""Which layers to train: where retained facts lean, where new facts collide with them, and how many units to take."""
+
+from collections.abc import Mapping
+from fractions import Fraction
+from math import nextafter
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from jaxtyping import Float
+
+from workbench.intervals import interval
+from workbench.selection.aware import gather_evidence, layer_budgets
+from workbench.selection.voting import ScoreSource, score_source, units_in
+
+#: The terms of a budget and their default weights.
+WEIGHTS: dict[str, float] = {"collision": 1.0, "new": 1.0}
+
+
+def layer_advice(
+    interference: xr.Dataset,
+    *,
+    new: xr.Dataset | None = None,
+    quota: int | float = 10.0,
+    weights: Mapping[str, int | float] | None = None,
+    draws: int = 200,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Recommend how many units of every layer to train, and say why.
+
+    The budgets share out what `quota` gives by `max(0, 1 - w z)`, as the strategy `interference_aware` does, with z
+    the standard deviations by which a layer's collisions lie above those of the others. Without `new` (or with the
+    weight of new 0) they are exactly its budgets; with `new`, z also has the overlap of new and retained facts.
+
+    Args:
+        interference: a result of `interference` for the retained facts. All its measures count, and more of each counts
+            as worse: leave those out of which that is not so, as of "gradient".
+        new: a result of `attribute` for the facts to be taught, of the same model and unit kind.
+        quota: share of all units that is trained, in percent.
+        weights: of the terms "collision" and "new"; 1 each where they are left out.
+        draws: shuffles of units behind the chance level.
+        seed: of the shuffles.
+
+    Returns:
+        A row a layer: layer; `load_share` (of all that retained facts lean on, 0 to 1); `collision` (mean overlap of
+        retained facts less chance, in standard deviations over layers, mean over the measures); with `new` also
+        `overlap`, `low`, `high` (Spearman correlation over units of a new fact's |score| with the load: mean and 95%
+        interval over new facts) and `chance` (the 95th percentile of that mean when the load's units are shuffled);
+        `budget` (units), `percent` (of the layer) and `reason`.
+
+    Raises:
+        ValueError: results that do not fit together, a weight of another name, or a quota of less than one unit.
+    """
+    weight = _checked(weights)
+    source = _as_source(interference)
+    beside = xr.Dataset(attrs=interference.attrs)
+    collision = gather_evidence(source, beside, interference, None, {"collision": 1, "load": 0}).collision
+    load = interference["load"].transpose("layer", "unit").values.astype(np.float64)
+    frame = pd.DataFrame({"layer": source.layers, "load_share": _shares(load.sum(1)), "collision": collision})
+    pressure = weight["collision"] * collision
+    if new is not None:
+        frame = frame.assign(**_overlaps(source, load, _matching(interference, new, source), draws, seed))
+        pressure = pressure + weight["new"] * _standardised(frame["overlap"].to_numpy())
+    total = units_in(quota, source.n_units, "a layer") * len(source.layers)
+    budget = layer_budgets(total, pressure, 1.0, source.n_units)
+    frame = frame.assign(budget=budget, percent=100 * np.array(budget) / source.n_units)
+    return frame.assign(reason=[_reason(row, total / len(frame)) for _, row in frame.iterrows()])
+
+
+def quotas(advice: pd.DataFrame, n_units: int) -> dict[int, float]:
+    """The budgets as percentages for `select(strategy="per_layer_budget", quota=...)`, which gives as many units.
+
+    Raises:
+        ValueError: a layer of which all units are to be trained, which no percentage below 100 says.
+
+    >>> quotas(pd.DataFrame({"layer": [0, 1, 2], "budget": [3, 0, 1]}), 7)
+    {0: 42.85714285714286, 1: 0.0, 2: 14.285714285714286}
+    """
+    found = {}
+    for layer, budget in zip(advice["layer"], advice["budget"], strict=True):
+        if budget >= n_units:
+            raise ValueError(f"All units of layer {layer} are to be trained: give layer_advice a smaller quota.")
+        percent = 100 * budget / n_units
+        while Fraction(str(percent)) * n_units < 100 * int(budget):  # as the selection reads it
+            percent = nextafter(percent, 100.0)
+        found[int(layer)] = float(percent)
+    return found
+
+
+def _checked(weights: Mapping[str, int | float] | None) -> dict[str, float]:
+    for name, value in (weights or {}).items():
+        if name not in WEIGHTS:
+            raise ValueError(f"layer_advice has no term {name!r}: its terms are {', '.join(WEIGHTS)}.")
+        if not (np.isfinite(value) and value >= 0):
+            raise ValueError(f"The weight of {name} is {value}: give a number from 0 on.")
+    return WEIGHTS | {name: float(value) for name, value in (weights or {}).items()}
+
+
+def _as_source(interference: xr.Dataset) -> ScoreSource:
+    """The layers and units of an interference result, as the selection wants them."""
+    if "load" not in interference or "value" not in interference:
+        raise ValueError("Advice needs the variables `value` and `load`: give a result of `interference`.")
+    load = interference["load"].expand_dims(fact=["load"]).transpose("fact", "layer", "unit")
+    return score_source(xr.Dataset({"score": load}, attrs=interference.attrs), "magnitude", None)
+
+
+def _matching(interference: xr.Dataset, new: xr.Dataset, source: ScoreSource) -> xr.DataArray:
+    """The scores of new facts in the same layers, units and model."""
+    for attribute, word in (("unit", "kind of unit"), ("model_digest", "model")):
+        known = [str(ds.attrs[attribute]) for ds in (interference, new) if attribute in ds.attrs]
+        if len(set(known)) > 1:
+            raise ValueError(f"The interference and new are of another {word} ({known[0]}, {known[1]}).")
+    scores = score_source(new, "magnitude", source.layers)
+    if scores.n_units != source.n_units:
+        raise ValueError(f"new has {scores.n_units} units in a layer, the interference has {source.n_units}.")
+    return scores.scores
+
+
+def _overlaps(
+    source: ScoreSource, load: Float[np.ndarray, "layer unit"], scores: xr.DataArray, draws: int, seed: int
+) -> dict[str, list[float]]:
+    """Rank correlation of every new fact's |score| with the load, layer by layer, against shuffled units."""
+    if draws < 1:
+        raise ValueError(f"A chance level needs at least one draw, not {draws}.")
+    columns: dict[str, list[float]] = {"overlap": [], "low": [], "high": [], "chance": []}
+    for place, layer in enumerate(source.layers):
+        size = np.abs(scores.sel(layer=layer).transpose("fact", "unit").values)
+        if not np.isfinite(size).all():
+            raise ValueError(f"new has scores in layer {layer} that are not finite: attribute again.")
+        ranks, leaned = _standard_ranks(size), _standard_ranks(load[place][None])[0]
+        generator = np.random.default_rng([seed, layer])
+        each = ranks @ leaned
+        mean = ranks.mean(0)  # the correlation is linear in the facts' ranks
+        null = [float(mean @ generator.permutation(leaned)) for _ in range(draws)]
+        low, high = interval(each)
+        values = (float(each.mean()), float(low), float(high), float(np.quantile(null, 0.95)))
+        for name, value in zip(columns, values, strict=True):
+            columns[name].append(value)
+    return columns
+
+
+def _standard_ranks(values: Float[np.ndarray, "row unit"]) -> Float[np.ndarray, "row unit"]:
+    """Ranks of every row, ties shared, centred and of length 1; 0 where all values are equal."""
+    ranks = pd.DataFrame(values).rank(axis=1, method="average").to_numpy()
+    ranks = ranks - ranks.mean(1, keepdims=True)
+    length = np.linalg.norm(ranks, axis=1, keepdims=True)
+    return np.divide(ranks, length, out=np.zeros_like(ranks), where=length > 1e-9)
+
+
+def _shares(values: Float[np.ndarray, " layer"]) -> Float[np.ndarray, " layer"]:
+    return values / values.sum() if values.sum() > 0 else values
+
+
+def _standardised(values: Float[np.ndarray, " layer"]) -> Float[np.ndarray, " layer"]:
+    return (values - values.mean()) / values.std() if values.std() > 1e-12 else np.zeros(len(values))
+
+
+def _reason(row: pd.Series, fair: float) -> str:
+    """Why a layer gets what it gets, in one sentence."""
+    if row["budget"] == 0:
+        verdict = "freeze"
+    elif row["budget"] > fair:
+        verdict = "more than an even share"
+    elif row["budget"] < fair:
+        verdict = "less than an even share"
+    else:
+        verdict = "an even share"
+    side = "above" if row["collision"] > 0 else "below"
+    text = f"{verdict}: retained facts collide {abs(row['collision']):.1f} sd {side} the mean of the layers"
+    if "overlap" in row:
+        chance = "beyond chance" if row["overlap"] > row["chance"] else "no more than by chance"
+        text += f", new facts share their units {chance} ({row['overlap']:.2f})"
+    return f"{text}, {row['load_share']:.1%} of the load"
