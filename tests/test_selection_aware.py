@@ -257,3 +257,18 @@ GOOD = collisions([0.1, 0.2], np.ones((2, 10)))
 def test_wrong_inputs_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         select(DATA, **{"strategy": "interference_aware", "quota": 20, **options})
+
+
+def test_collisions_are_overlaps_and_nothing_that_means_something_else() -> None:
+    """A larger gradient cosine is less harm: such a measure beside an overlap changes nothing, and alone is refused."""
+    scores = dataset(distinct(0, 6, 3, 20))
+    plain = collisions([0.1, 0.5, 0.2], distinct(2, 1, 3, 20)[0])
+    named = plain.assign_coords(metric=["cosine"])
+    other = collisions([0.9, 0.1, 0.1], distinct(2, 1, 3, 20)[0]).assign_coords(metric=["gradient"])
+    both = xr.concat([named, other], "metric", data_vars="minimal")
+    options = {"strategy": "interference_aware", "quota": 20}
+    rows = [select(scores, interference=found, **options).positions() for found in (plain, named, both)]
+    assert rows[0] == rows[1] == rows[2]
+    with pytest.raises(ValueError, match="read from cosine or jaccard; this interference has only gradient"):
+        select(scores, interference=other, **options)
+    assert select(scores, interference=other, weights={"collision": 0}, **options).n_selected

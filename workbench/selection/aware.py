@@ -153,8 +153,13 @@ def _collisions(found: xr.Dataset) -> np.ndarray:
         raise ValueError("Facts collide in pairs; interference has fewer than 2 facts.")
     scores = np.zeros(found.sizes["layer"])
     names = [str(name) for name in np.atleast_1d(found["metric"].values)] if "metric" in found.coords else []
-    if overlaps := [place for place, name in enumerate(names) if name in OVERLAPS]:
-        found = found.isel(metric=overlaps)
+    overlaps = [place for place, name in enumerate(names) if name in OVERLAPS]
+    if names and not overlaps:
+        raise ValueError(
+            f"Collisions are read from {' or '.join(OVERLAPS)}; this interference has only {', '.join(names)}: compute "
+            "it with one of them as well, or give the term collision the weight 0."
+        )
+    found = found.isel(metric=overlaps) if names else found
     value = found["value"].transpose("metric", "layer", "fact", "other")
     chance = found["chance"].transpose("metric", "layer").values if "chance" in found else np.zeros(value.shape[:2])
     for metric in range(value.shape[0]):
