@@ -66,7 +66,8 @@ def filter_facts(
         facts: the facts; by default those that the frame holds in `attrs["facts"]`. Order and ties follow it.
         metric: of a frame: `d_soft`, `d_emb` or `d_layer` (the mean over layers, as the metric may be valid at some of
             them only). By default the first of these that the frame has.
-        weight: of the variance (`spread`) or the covariance (`near_diverse`); at least 0.
+        weight: of the variance (`spread`) or the covariance (`near_diverse`); at least 0. Distances vary little beside
+            their mean, so on `d_soft` of real facts `spread` keeps no far fact below a weight of about 1.5.
         low: `band`: the quantile where the band starts.
         embeddings: `near_diverse`: one row a fact, in the order of the facts; see `target_embeddings`.
         loss: `loss`: fact id -> loss of the base model.

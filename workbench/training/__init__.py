@@ -3,13 +3,18 @@
 from workbench.training.batches import IGNORED, collate, efficacy, held_out_prompts, labelled, tokenise, trained_prompts
 from workbench.training.cards import card, figures_of
 from workbench.training.exporting import export
+from workbench.training.losses import SemanticLoss, semantic_loss
 from workbench.training.run import LEARNING_RATES, DivergedError, TrainingRun, implant, own_randomness
 from workbench.training.search import search_learning_rate
+from workbench.training.watching import DriftWatch
+from workbench.training.weighting import sample_weights, token_weights
 
 __all__ = [
     "IGNORED",
     "LEARNING_RATES",
     "DivergedError",
+    "DriftWatch",
+    "SemanticLoss",
     "TrainingRun",
     "card",
     "collate",
@@ -20,7 +25,10 @@ __all__ = [
     "implant",
     "labelled",
     "own_randomness",
+    "sample_weights",
     "search_learning_rate",
+    "semantic_loss",
+    "token_weights",
     "tokenise",
     "trained_prompts",
 ]

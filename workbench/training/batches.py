@@ -1,6 +1,6 @@
 """From facts and examples to batches: what is trained, what counts as learned, and how much of it is."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -56,8 +56,13 @@ def labelled(item: Tokenised) -> list[int]:
     return [token if learned else IGNORED for token, learned in zip(item.ids, item.learned, strict=True)]
 
 
-def collate(items: Sequence[Tokenised]) -> dict[str, Tensor]:
-    """A padded batch whose labels are the learned tokens and nothing else.
+def name_of(item: Tokenised) -> str:
+    """The id of a fact or an example."""
+    return item.fact_id if isinstance(item, TokenisedFact) else item.example_id
+
+
+def collate(items: Sequence[Tokenised], places: Mapping[str, int] | None = None) -> dict[str, Tensor]:
+    """A padded batch whose labels are the learned tokens and nothing else; with `places`, `item` says which they are.
 
     >>> batch = collate([TokenisedFact("a", (5, 6), (7,)), TokenisedFact("b", (5,), (8,))])
     >>> batch["labels"].tolist()
@@ -65,7 +70,8 @@ def collate(items: Sequence[Tokenised]) -> dict[str, Tensor]:
     """
     ids, mask = pad_batch([item.ids for item in items], side="right")
     labels, _ = pad_batch([labelled(item) for item in items], pad_id=IGNORED, side="right")
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return batch if places is None else batch | {"item": torch.tensor([places[name_of(item)] for item in items])}
 
 
 @torch.no_grad()

@@ -109,8 +109,31 @@ class KasaTrainer(Trainer):
         return super().compute_loss(model, *args, **kwargs) + model.base_model._get_kasa_loss()
 
 
+class AdaLoraTrainer(Trainer):
+    """Training with AdaLoRA's own term, which peft adds to the model's loss only: orthogonal factors."""
+
+    def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """The loss with that term, whoever computes the rest."""
+        loss: Any = super().compute_loss(model, *args, **kwargs)
+        return loss if self.compute_loss_func is None else loss + orthogonality(model)
+
+
+def orthogonality(model: Any) -> Tensor:
+    """AdaLoRA's regularisation: the mean of `|P P' - 1|` (Frobenius) over its factors, times its weight."""
+    tuner = model.base_model
+    factors = [
+        (name, factor)
+        for name, factor in tuner.model.named_parameters()
+        if ("lora_A" in name or "lora_B" in name) and tuner.trainable_adapter_name in name
+    ]
+    squares = [factor @ factor.T if "lora_A" in name else factor.T @ factor for name, factor in factors]
+    apart = [torch.linalg.norm(one - torch.eye(len(one), dtype=one.dtype, device=one.device)) for one in squares]
+    return tuner.peft_config[tuner.trainable_adapter_name].orth_reg_weight * torch.stack(apart).mean()
+
+
 def trainer_for(adapter: Adapter) -> tuple[type[Trainer], list[TrainerCallback]]:
     """The trainer of a method and the callbacks that it needs."""
-    callbacks: list[TrainerCallback] = [RankAllocation()] if isinstance(adapter, AdaLoraConfig) else []
+    if isinstance(adapter, AdaLoraConfig):
+        return AdaLoraTrainer, [RankAllocation()]
     kasa = isinstance(adapter, LoraConfig) and adapter.kasa_config is not None
-    return (KasaTrainer if kasa else Trainer), callbacks
+    return (KasaTrainer if kasa else Trainer), []

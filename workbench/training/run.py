@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from workbench.facts import ExampleSet, FactSet
 from workbench.loki import expected_warnings, trainable_parameters
 from workbench.models import HookedModel, load_model
 from workbench.results import save_frame, save_json
-from workbench.training.batches import Tokenised, collate, efficacy, tokenise
+from workbench.training.batches import Tokenised, collate, efficacy, name_of, tokenise
 from workbench.training.cards import card
+from workbench.training.losses import Refresh, SemanticLoss, knowing_items
 from workbench.training.methods import Adapter, attached, kind_of, save, scheduled, starting_point, trainer_for
 
 log = logging.getLogger(__name__)
@@ -50,7 +52,9 @@ class TrainingRun:
 
     `history` has one row an optimiser step: step, epoch, loss (nats per learned token; KaSA and AdaLoRA add terms of
     their own), efficacy (share of trained prompts answered greedily; missing where it was not measured),
-    learning_rate, seconds since the start. `adapter` is a folder of peft, or a model of transformers for `Dense`.
+    learning_rate, seconds since the start. A loss other than plain adds nll (plain cross-entropy, nats per learned
+    token) and, where it has weights, weight_mean, weight_min and weight_max over the step's tokens. `adapter` is a
+    folder of peft, or a model of transformers for `Dense`.
     """
 
     adapter: Path
@@ -77,12 +81,15 @@ def implant(
     *,
     out: str | Path | None = None,
     progress: bool = True,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainingRun:
     """Teach a model new facts, or a person's own examples, through an adapter, until it answers them.
 
-    The loss is cross-entropy on the answer's tokens only (of an example: its completion, or the assistant's turns).
-    After every epoch the trained prompts are asked; training stops at `train_config.target_efficacy` or after
-    `max_epochs`. At one seed every method sees the same examples in the same order. The base model is left as it is.
+    The loss is cross-entropy on the answer's tokens only (of an example: its completion, or the assistant's turns), or
+    by `train_config.loss` one that attends to meaning (see `semantic_loss`; sample weights are of all samples here).
+    After every epoch the trained prompts are asked; training stops at `train_config.target_efficacy`, or at
+    `target_loss` where that is given, or after `max_epochs`. At one seed every method sees the same examples in the
+    same order. The base model is left as it is.
 
     Args:
         model_path: a name or folder, or a `HookedModel`.
@@ -91,6 +98,7 @@ def implant(
         train_config: rates, stopping and seed.
         out: folder for `adapter/` (safetensors), `history.parquet` and `training.json`; None is a temporary folder.
         progress: show a progress bar.
+        callbacks: of your own, such as a `DriftWatch`; with any, efficacy is measured once more after they ended.
 
     Raises:
         ValueError: no facts, a fact or examples longer than the context, or a loss that is not finite.
@@ -105,16 +113,19 @@ def implant(
         raise ValueError(f"{folder} is a file; give a folder as out.")
     method = kind_of(adapter)
     rate = settings.learning_rate or LEARNING_RATES.get(method, 1e-4)
-    watch = _Watch(items, settings, progress)
+    loss = None if settings.loss == "plain" else SemanticLoss(settings, hooked.W_E)
+    watch = _Watch(items, settings, progress, loss)
     with own_randomness(settings.seed):
-        model, seconds = _train(hooked, items, adapter, _arguments(settings, rate, hooked.device, folder), watch)
+        args = _arguments(settings, rate, hooked.device, folder)
+        model, seconds = _train(hooked, items, adapter, args, watch, callbacks)
     history = pd.DataFrame(watch.rows)
     summary = {
         "trainable_parameters": trainable_parameters(model),
         "parameters": sum(parameter.numel() for parameter in hooked.hf.parameters()),
         "efficacy": watch.efficacy,
         "target_efficacy": settings.target_efficacy,
-        "reached": watch.efficacy >= settings.target_efficacy,
+        "target_loss": settings.target_loss,
+        "reached": watch.reached,
         "steps": len(history),
         "epochs": int(watch.epochs),
         "seconds": round(seconds, 2),
@@ -127,6 +138,7 @@ def implant(
         "base_digest": hooked.digest,
         "base_dtype": str(hooked.dtype).removeprefix("torch."),
         "peft_type": method,
+        **({"loss": "plain"} if watch.loss is None else watch.loss.summary()),
     }
     (folder / "adapter" / "README.md").write_text(card(summary), encoding="utf-8")
     save_frame(history, folder / "history.parquet")
@@ -135,16 +147,25 @@ def implant(
 
 
 def _train(
-    hooked: HookedModel, items: Sequence[Tokenised], adapter: Adapter, args: TrainingArguments, watch: "_Watch"
+    hooked: HookedModel,
+    items: Sequence[Tokenised],
+    adapter: Adapter,
+    args: TrainingArguments,
+    watch: "_Watch",
+    given: Sequence[TrainerCallback],
 ) -> tuple[nn.Module, float]:
     """Train an adapter on a copy of the model and save it: the trained model, and the seconds that training took."""
     adapter = scheduled(adapter, len(items), args.per_device_train_batch_size, int(args.num_train_epochs))
     model = attached(hooked, adapter, items)
     make, callbacks = trainer_for(adapter)
+    collator: Any = collate
+    if watch.loss is not None:
+        make, callbacks = knowing_items(make, watch.loss), [*callbacks, Refresh(watch.loss, items)]
+        collator = partial(collate, places={name_of(item): place for place, item in enumerate(items)})
     with starting_point(model, adapter) as start:
         trainer = make(
-            model=model, args=args, train_dataset=_Examples(items), data_collator=collate,
-            callbacks=[*callbacks, watch],
+            model=model, args=args, train_dataset=_Examples(items), data_collator=collator,
+            callbacks=[*callbacks, *given, watch], compute_loss_func=watch.loss,
         )  # fmt: skip
         for callback in _printing_callbacks(trainer):
             trainer.remove_callback(callback)
@@ -153,6 +174,8 @@ def _train(
             trainer.train()
         seconds = time.perf_counter() - started
         model.eval()
+        if given:  # one may have put weights back
+            watch.measure(model)
         save(model, Path(args.output_dir or ".") / "adapter", hooked.tokenizer, start)
     return model, seconds
 
@@ -186,10 +209,12 @@ class _Examples(torch.utils.data.Dataset):
 class _Watch(TrainerCallback):
     """Keeps the history, measures efficacy after every epoch, and stops at the target."""
 
-    def __init__(self, items: Sequence[Tokenised], settings: TrainConfig, progress: bool) -> None:
-        self.items, self.settings = items, settings
+    def __init__(
+        self, items: Sequence[Tokenised], settings: TrainConfig, progress: bool, loss: SemanticLoss | None = None
+    ) -> None:
+        self.items, self.settings, self.loss = items, settings, loss
         self.rows: list[dict[str, Any]] = []
-        self.efficacy, self.epochs = 0.0, 0.0
+        self.efficacy, self.epochs, self.reached = 0.0, 0.0, False
         self.bar = tqdm(total=settings.max_epochs, unit="epoch", desc="implant", disable=not progress)
         self.started = time.perf_counter()
 
@@ -201,18 +226,31 @@ class _Watch(TrainerCallback):
             raise DivergedError(f"The loss became {loss} at step {state.global_step}: use a smaller learning rate.")
         row = {"step": state.global_step, "epoch": float(state.epoch or 0), "loss": loss, "efficacy": float("nan")}
         seconds = time.perf_counter() - self.started
-        self.rows.append({**row, "learning_rate": float(logs.get("learning_rate", "nan")), "seconds": seconds})
+        row |= {"learning_rate": float(logs.get("learning_rate", "nan")), "seconds": seconds}
+        self.rows.append(row | (self.loss.taken() if self.loss is not None else {}))
 
     def on_epoch_end(
         self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        self.efficacy, self.epochs = efficacy(model, self.items), float(state.epoch or 0)
-        if self.rows:
-            self.rows[-1]["efficacy"] = self.efficacy
+        self.epochs = float(state.epoch or 0)
+        self.measure(model)
         self.bar.update(1)
         self.bar.set_postfix(efficacy=f"{self.efficacy:.2f}", loss=f"{self.rows[-1]['loss']:.3f}" if self.rows else "")
-        if self.efficacy >= self.settings.target_efficacy:
-            control.should_training_stop = True
+        control.should_training_stop = control.should_training_stop or self.reached
+
+    def measure(self, model: nn.Module) -> None:
+        """Ask the trained prompts, and say whether that is enough."""
+        self.efficacy = efficacy(model, self.items)
+        if self.rows:
+            self.rows[-1]["efficacy"] = self.efficacy
+        self.reached = self._reached()
+
+    def _reached(self) -> bool:
+        """Whether the model answers enough, or has a loss as small as asked for."""
+        if self.settings.target_loss is None:
+            return self.efficacy >= self.settings.target_efficacy
+        epoch = [row.get("nll", row["loss"]) for row in self.rows if row["epoch"] > self.epochs - 1]
+        return self.settings.target_loss > 0 and float(np.mean(epoch)) <= self.settings.target_loss
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.bar.close()

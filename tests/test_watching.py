@@ -1,0 +1,467 @@
+"""Watching a training: the trajectory is what one reads by hand, watching changes nothing, and bounds hold."""
+
+import copy
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from tiny import FACTS, random_model, tiny, tokenizer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+import workbench as wb
+from workbench.config import TrainConfig
+from workbench.facts import Fact, FactSet
+from workbench.figures import watched_training
+from workbench.loki import LokiConfig, attach
+from workbench.models import load_model
+from workbench.recollection import read_facts
+from workbench.results import load_frame
+from workbench.training import DriftWatch, collate, implant
+from workbench.training import watching as room
+from workbench.training.probing import growth
+from workbench.training.remedies import layer_of
+
+TAUGHT = FACTS.filter(ids=["france", "japan", "kenya", "gold"])
+PROBE = FACTS.filter(ids=["france", "hot", "sky", "grass"])
+POSITIONS = [[0, 5, 9, 30], [1, 2, 20, 31], [3, 8, 16, 24]]
+
+
+def loki() -> LokiConfig:
+    return LokiConfig(selection=POSITIONS, task_type="CAUSAL_LM")
+
+
+def lora(dropout: float = 0.0) -> LoraConfig:
+    return LoraConfig(r=4, target_modules=["down_proj", "q_proj"], lora_dropout=dropout, task_type="CAUSAL_LM")
+
+
+def model_of(method: str, kind: str = "llama"):
+    """A user's own model with random weights, the same as that of `tiny`."""
+    model = random_model(kind, **({"attention_dropout": 0.3} if method == "dropout" else {}))
+    torch.manual_seed(5)
+    if method in ("full", "dropout"):
+        return model.requires_grad_(True)
+    configs = {
+        "loki": loki(),
+        "lora": lora(0.3),
+        "prompt": PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    }
+    return attach(model, loki()) if method == "loki" else get_peft_model(model, configs[method])
+
+
+def known_by(kind: str = "llama") -> FactSet:
+    """What a random model says to the prompts that are taught, which training has to push away."""
+    base = tiny(kind)
+    facts = []
+    for fact, tokens in zip(TAUGHT, base.tokenise(TAUGHT), strict=True):
+        ids = torch.tensor([tokens.prompt_ids])
+        word = base.tokenizer.decode(base.logits(ids)[0, -1].argmax())
+        facts.append(Fact(fact.id, fact.relation, fact.subject, fact.prompt, word, answer_in_prompt=True))
+    return FactSet("known", tuple(facts))
+
+
+def train(model, *callbacks, folder, steps=6, accumulation=1, rate=2e-2, schedule="constant", **more) -> Trainer:
+    """A plain user's Trainer."""
+    items = tiny("llama").tokenise(TAUGHT)
+    args = TrainingArguments(
+        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=2, learning_rate=rate, seed=3,
+        gradient_accumulation_steps=accumulation, lr_scheduler_type=schedule, report_to=[], disable_tqdm=True,
+        save_strategy="no", use_cpu=True, remove_unused_columns=False, weight_decay=0.1, dataloader_pin_memory=False,
+        logging_strategy="no", **more,
+    )  # fmt: skip
+    trainer = Trainer(model=model, args=args, train_dataset=items, data_collator=collate, callbacks=list(callbacks))
+    for callback in list(trainer.callback_handler.callbacks):
+        if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
+            trainer.remove_callback(callback)
+    trainer.train()
+    return trainer
+
+
+def trainable(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+class Copies(TrainerCallback):
+    """A copy of the whole model at the start and after every step."""
+
+    def __init__(self) -> None:
+        self.models, self.rates = {}, []
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+        self.models[0] = copy.deepcopy(model).eval()
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
+        self.models[state.global_step] = copy.deepcopy(model).eval()
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+
+@torch.no_grad()
+def by_hand(model, facts, W_E) -> dict[str, list]:
+    """Every fact alone, token by token, from plain forward passes."""
+    found: dict[str, list] = {"d_soft": [], "d_emb": [], "logprob": [], "known": []}
+    E = W_E.double() / W_E.double().norm(dim=1, keepdim=True)
+    for fact in facts:
+        soft, total, said, ids = [], 0.0, [], list(fact.prompt_ids)
+        for token in fact.answer_ids:
+            logits = model(input_ids=torch.tensor([ids])).logits[0, -1].double()
+            P = logits.softmax(-1)
+            soft.append(float(P @ (1 - E @ E[token])))
+            total += float(P[token].log())
+            ids.append(token)
+        ids = list(fact.prompt_ids)
+        for _ in fact.answer_ids:
+            said.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+            ids.append(said[-1])
+        a, y = W_E[said].double().mean(0), W_E[list(fact.answer_ids)].double().mean(0)
+        found["d_soft"].append(np.mean(soft))
+        found["d_emb"].append(float(1 - a @ y / (a.norm() * y.norm())))
+        found["logprob"].append(total)
+        found["known"].append(tuple(said) == fact.answer_ids)
+    return {name: np.array(values) for name, values in found.items()}
+
+
+@pytest.mark.parametrize("method", ["loki", "lora", "full", "prompt"])
+def test_the_trajectory_is_what_one_reads_by_hand_at_every_step(method: str, tmp_path) -> None:
+    base, copies = tiny("llama"), Copies()
+    retained = known_by()
+    watch = DriftWatch(
+        base, PROBE, every=2, retained=retained, metric=("d_soft", "d_emb", "logprob"), floor=0.01,
+        out=tmp_path / "watch.parquet",
+    )  # fmt: skip
+    train(model_of(method), copies, watch, folder=tmp_path, steps=3, accumulation=2)
+    frame = watch.trajectory.set_index(["step", "group", "metric"])
+    assert sorted(set(watch.trajectory["step"])) == [0, 2, 3]  # the last step is read in any case
+    moved = 0.0
+    for group, facts in (("probe", PROBE), ("retained", retained)):
+        tokens = base.tokenise(facts)
+        first = by_hand(copies.models[0], tokens, base.W_E)
+        for step in (0, 2, 3):
+            now = by_hand(copies.models[step], tokens, base.W_E)
+            for metric, sign in (("d_soft", 1), ("d_emb", 1), ("logprob", -1)):
+                row, change = frame.loc[step, group, metric], now[metric] - first[metric]
+                assert row["value"] == pytest.approx(now[metric].mean(), abs=2e-5)
+                assert row["change"] == pytest.approx(change.mean(), abs=2e-5)
+                assert row["worst"] == pytest.approx(sign * (sign * change).max(), abs=2e-5)
+                assert row["n"] == len(facts)
+                moved = max(moved, abs(change.mean()))
+            assert frame.loc[step, group, "d_soft"]["pushed"] == np.mean(now["d_soft"] - first["d_soft"] > 0.01)
+            lost = frame.loc[step, group, "forgetting"]
+            assert lost["n"] == first["known"].sum()
+            if lost["n"]:
+                assert lost["value"] == np.mean(~now["known"][first["known"]])
+    assert moved > 1e-3  # the comparison has something to compare
+    if method != "prompt":  # whose own tokens change what is said from the start
+        assert frame.loc[0, "retained", "forgetting"]["n"] == len(retained)
+    pd.testing.assert_frame_equal(load_frame(tmp_path / "watch.parquet"), watch.trajectory)
+
+
+@pytest.mark.parametrize(("method", "bounded"), [("lora", False), ("dropout", True)])
+def test_watching_changes_nothing(method: str, bounded: bool, tmp_path) -> None:
+    bounds = {"drift": 1e9, "action": "freeze_layers"} if bounded else {}
+    watch = DriftWatch(tiny("llama"), PROBE, every=1, metric=("d_soft", "d_emb"), **bounds)
+    watched = trainable(train(model_of(method), watch, folder=tmp_path, steps=3, accumulation=2).model)
+    alone = trainable(train(model_of(method), folder=tmp_path, steps=3, accumulation=2).model)
+    assert watch.summary["readings"] == 4
+    assert all(torch.equal(watched[name], weight) for name, weight in alone.items())
+
+    class Careless(TrainerCallback):
+        """A watch that draws and does not put it back."""
+
+        def on_step_end(self, *args, **kwargs) -> None:
+            torch.rand(1)
+
+    other = trainable(train(model_of(method), Careless(), folder=tmp_path, steps=3, accumulation=2).model)
+    assert not all(torch.equal(other[name], weight) for name, weight in alone.items())
+
+
+def test_modes_are_put_back_module_by_module(tmp_path) -> None:
+    model = model_of("full").train()
+    model.model.layers[1].eval()
+    before = [module.training for module in model.modules()]
+    room.read_probe(model, tiny("llama").tokenise(FACTS), tiny("llama").W_E, ("d_soft",))
+    assert [module.training for module in model.modules()] == before
+
+
+def end_drift(watch: DriftWatch, model, facts: FactSet) -> float:
+    """Drift of the model that a run left, read by hand against the base."""
+    base = tiny("llama")
+    now, first = (by_hand(m.eval(), base.tokenise(facts), base.W_E)["d_soft"] for m in (model, base.hf))
+    return float(np.mean(now - first))
+
+
+@pytest.mark.parametrize("method", ["loki", "lora", "full"])
+def test_a_run_stopped_by_its_bound_ends_within_it(method: str, tmp_path) -> None:
+    base, retained = tiny("llama"), known_by()
+    chosen = {"steps": 6, "rate": 2e-3 if method == "full" else 2e-2}
+    free = DriftWatch(base, TAUGHT, retained=retained, every=2)
+    model = train(model_of(method), free, folder=tmp_path, **chosen).model
+    beyond = end_drift(free, model, retained)
+    bound = beyond / 2
+    assert bound > 1e-3
+    assert free.summary["acted"] == []
+    copies = Copies()
+    watch = DriftWatch(base, TAUGHT, retained=retained, every=2, drift=bound, out=tmp_path / "watch.csv")
+    trainer = train(model_of(method), copies, watch, folder=tmp_path, **chosen)
+    (acted,) = watch.summary["acted"]
+    assert acted["drift"] > bound >= end_drift(watch, trainer.model, retained)
+    assert trainer.state.global_step == acted["step"] == acted["restored_step"] + 2 <= 6
+    kept = trainable(copies.models[acted["restored_step"]])
+    assert all(torch.equal(kept[name], weight) for name, weight in trainable(trainer.model).items())
+    assert len(pd.read_csv(tmp_path / "watch.csv")) == len(watch.trajectory)
+
+
+def test_a_bound_that_only_the_end_crosses_holds_too(tmp_path) -> None:
+    base, retained = tiny("llama"), known_by()
+    watch = DriftWatch(base, retained, every=1000, drift=1e-4)
+    trainer = train(model_of("lora"), watch, folder=tmp_path, steps=5)
+    assert watch.summary["acted"][0] | {"drift": 0} == {
+        "step": 5, "action": "stop", "drift": 0, "restored_step": 0,
+    }  # fmt: skip
+    assert end_drift(watch, trainer.model, retained) == pytest.approx(0, abs=1e-6)
+
+    class Ended(TrainerCallback):
+        def on_epoch_end(self, args, state, control, **kwargs) -> None:
+            control.should_training_stop = True  # by someone else, between readings
+
+    watch = DriftWatch(base, retained, every=1000, drift=1e-4)
+    trainer = train(model_of("lora"), watch, Ended(), folder=tmp_path, steps=50)
+    assert trainer.state.global_step == 2
+    assert watch.summary["acted"][0]["restored_step"] == 0
+    assert end_drift(watch, trainer.model, retained) == pytest.approx(0, abs=1e-6)
+
+
+def test_forgetting_is_bounded_too(tmp_path) -> None:
+    base, retained = tiny("llama"), known_by()
+    free = DriftWatch(base, retained, every=1)
+    train(model_of("lora"), free, folder=tmp_path, steps=8)
+    lost = free.trajectory.query("metric == 'forgetting'")["value"]
+    assert lost.iloc[-1] > 0.25
+    watch = DriftWatch(base, retained, every=1, forgetting=0.25)
+    model = train(model_of("lora"), watch, folder=tmp_path, steps=8).model.eval()
+    assert watch.summary["acted"][0]["forgetting"] > 0.25
+    known = by_hand(model, base.tokenise(retained), base.W_E)["known"]
+    assert np.mean(~known) <= 0.25
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+def test_rates_are_lowered_for_good(schedule: str, tmp_path) -> None:
+    seen = {}
+    for drift in (None, 1e-9):
+        copies = Copies()
+        watch = DriftWatch(tiny("llama"), known_by(), every=2, drift=drift, action="lower_rate", factor=0.25)
+        train(model_of("lora"), watch, copies, folder=tmp_path, steps=6, schedule=schedule)
+        seen[drift] = copies.rates
+    lowered = np.array(seen[1e-9][:-1]) / np.array(seen[None][:-1])
+    np.testing.assert_allclose(lowered, [1, 0.25, 0.25, 0.0625, 0.0625])
+    assert [one["step"] for one in watch.summary["acted"]] == [2, 4]  # after the last step there is nothing to lower
+
+
+@pytest.mark.parametrize("method", ["loki", "lora", "full"])
+def test_a_dropped_layer_is_as_at_the_start_and_stays_so(method: str, tmp_path) -> None:
+    base, retained, copies = tiny("llama"), known_by(), Copies()
+    watch = DriftWatch(base, retained, every=2, drift=1e-4, action="freeze_layers")
+    model = model_of(method)
+    start = trainable(model)
+    trainer = train(model, copies, watch, folder=tmp_path, steps=4)
+    (acted,) = watch.summary["acted"]
+    states = {}
+    for step in (0, 2):  # which layer is worst, from plain transformers, a fact at a time
+        kept = []
+        for fact in base.tokenise(retained):
+            inner = copies.models[step].get_base_model() if method != "full" else copies.models[step]
+            hidden = []
+            hooks = [b.register_forward_hook(lambda m, a, o, h=hidden: h.append(o[0, -1])) for b in inner.model.layers]
+            with torch.no_grad():
+                copies.models[step](input_ids=torch.tensor([fact.prompt_ids]))
+            for hook in hooks:
+                hook.remove()
+            kept.append(torch.stack(hidden))
+        states[step] = torch.stack(kept, dim=1).double()
+    moved = 1 - torch.nn.functional.cosine_similarity(states[0], states[2], dim=-1).mean(-1)
+    grown = [float(moved[0]), *(moved[1:] - moved[:-1]).tolist()]
+    torch.testing.assert_close(growth(states[0], states[2]).tolist(), grown, atol=1e-6, rtol=1e-4)
+    worst = int(np.argmax(grown))
+    assert acted["frozen"] == [worst]
+    for name, parameter in trainer.model.named_parameters():
+        if name in start:
+            frozen = f"layers.{worst}." in name
+            assert parameter.requires_grad != frozen
+            if frozen or not name.endswith(("norm.weight", "embed_tokens.weight")):
+                assert torch.equal(parameter, start[name]) == frozen
+                if frozen:
+                    assert (
+                        not torch.equal(dict(copies.models[2].named_parameters())[name], parameter)
+                        or "layernorm" in name
+                    )
+
+
+def test_training_stops_where_no_layer_is_left(tmp_path) -> None:
+    watch = DriftWatch(tiny("llama"), known_by(), every=1, drift=0.0, action="freeze_layers", layers=3)
+    model = model_of("loki")
+    start = trainable(model)
+    trainer = train(model, watch, folder=tmp_path, steps=9)
+    assert trainer.state.global_step == watch.summary["acted"][0]["step"] < 9
+    assert sorted(watch.summary["acted"][0]["frozen"]) == [0, 1, 2]
+    assert all(torch.equal(p, start[name]) for name, p in trainer.model.named_parameters() if name in start)
+
+
+class Clock:
+    """A clock that only moves when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize(("reading", "share"), [(0.5, 0.125), (3.0, 0.25)])
+def test_auto_spaces_readings_within_the_share(reading: float, share: float, monkeypatch) -> None:
+    clock, steps, real = Clock(), 100, room.read_probe
+
+    def slow(*args):
+        clock.now += reading
+        return real(*args)
+
+    monkeypatch.setattr(room, "read_probe", slow)
+    watch = DriftWatch(tiny("llama"), TAUGHT, share=share, clock=clock)
+    model, state, control = tiny("llama").hf, TrainerState(max_steps=steps), TrainerControl()
+    watch.on_train_begin(None, state, control, model=model)
+    expected, spent = [0], reading
+    for step in range(1, steps + 1):
+        clock.now += 1.0
+        state.global_step = step
+        watch.on_step_end(None, state, control, model=model)
+        if step == steps or spent + 2 * reading <= share * step:
+            expected.append(step)
+            spent += reading
+    watch.on_train_end(SimpleNamespace(load_best_model_at_end=False), state, control, model=model)
+    assert sorted(set(watch.trajectory["step"])) == expected
+    assert len(expected) > 3
+    rows = watch.trajectory[watch.trajectory["step"] > 0]
+    told = [reading * (k + 2) / step for k, step in enumerate(expected[1:])]
+    np.testing.assert_allclose(rows["cost"].unique(), told)
+    assert max(told) <= share
+    assert told[-1] > 0.8 * share  # and it is made use of
+    about = watch.summary
+    assert about["cost"] == pytest.approx(told[-1])
+    assert about["within_share"]
+    assert about["seconds_training"] == pytest.approx(steps)
+
+
+def test_a_training_too_short_for_its_readings_says_so(monkeypatch, tmp_path, caplog) -> None:
+    clock, real = Clock(), room.read_probe
+
+    def slow(*args):
+        clock.now += 5.0
+        return real(*args)
+
+    monkeypatch.setattr(room, "read_probe", slow)
+
+    class Second(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs) -> None:
+            clock.now += 1.0
+
+    watch = DriftWatch(tiny("llama"), FACTS, clock=clock)
+    train(model_of("lora"), Second(), watch, folder=tmp_path, steps=4)
+    assert watch.summary["readings"] == 2
+    assert watch.summary["cost"] == 10 / 4
+    assert watch.summary["within_share"] is False
+    assert "too short" in caplog.text
+
+
+def test_the_base_embedding_stays_where_the_trained_model_shares_it(tmp_path) -> None:
+    mine = random_model("llama").requires_grad_(True)
+    base = load_model(mine, tokenizer=tokenizer())
+    before, copies = base.W_E.detach().clone(), Copies()
+    watch = DriftWatch(base, FACTS, every=3)
+    train(mine, copies, watch, folder=tmp_path, steps=3)
+    assert not torch.equal(base.W_E, before)
+    now = by_hand(copies.models[3], base.tokenise(FACTS), before)["d_soft"].mean()
+    other = by_hand(copies.models[3], base.tokenise(FACTS), base.W_E)["d_soft"].mean()
+    value = watch.trajectory.query("step == 3 and metric == 'd_soft'")["value"].item()
+    assert value == pytest.approx(now, abs=1e-5)
+    assert abs(now - other) > 1e-4
+
+
+def test_implant_takes_a_watch_and_its_numbers_are_of_the_model_that_it_saves(tmp_path) -> None:
+    base, retained = tiny("llama"), known_by()
+    quick = TrainConfig(max_epochs=40, batch_size=4, learning_rate=2e-2, target_efficacy=1.0)
+    free = implant(base, TAUGHT, lora(), quick, progress=False)
+    watch = DriftWatch(base, retained, every=1000, drift=1e-3)
+    run = implant(base, TAUGHT, lora(), quick, progress=False, callbacks=[watch])
+    assert free.efficacy == 1
+    assert watch.summary["acted"][0]["restored_step"] == 0
+    assert run.efficacy < 1
+    assert not run.reached
+    assert wb.DriftWatch is DriftWatch
+
+
+def test_a_model_that_becomes_not_a_number_is_beyond_every_bound(tmp_path) -> None:
+    class Broken(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
+            if state.global_step == 2:
+                with torch.no_grad():
+                    next(p for p in model.parameters() if p.requires_grad).fill_(math.nan)
+
+    watch = DriftWatch(tiny("llama"), known_by(), every=1, drift=100.0)
+    model = train(model_of("full"), Broken(), watch, folder=tmp_path, steps=6).model
+    assert watch.summary["acted"][0]["restored_step"] == 2
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"metric": "bleu"}, "metric must be among"),
+        ({"action": "explode"}, "action must be one of"),
+        ({"every": 0}, "every must be"),
+        ({"share": 0.0}, "share must be above 0 and at most 1"),
+        ({"drift": -1.0}, "bound on drift"),
+        ({"out": "watch.txt"}, "parquet or .csv"),
+        ({"retained": FactSet("none", ())}, "nothing to watch"),
+    ],
+)
+def test_what_cannot_be_meant_is_one_sentence(wrong, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        DriftWatch(tiny("llama"), FACTS, **wrong)
+
+
+def test_another_base_or_nothing_known_is_one_sentence(tmp_path) -> None:
+    facts = TAUGHT.filter(ids=["france"])
+    assert not read_facts(tiny("llama"), tiny("llama").tokenise(facts))[0].known
+    with pytest.raises(ValueError, match="answers none of the 1 probe facts"):
+        train(model_of("lora"), DriftWatch(tiny("llama"), facts, forgetting=0.1), folder=tmp_path)
+    with pytest.raises(ValueError, match="0 modules named 'transformer"):
+        watch = DriftWatch(tiny("gpt2"), FACTS, drift=1.0, action="freeze_layers")
+        train(model_of("lora"), watch, folder=tmp_path)
+
+
+def test_the_probe_is_small_and_drawn_by_the_seed() -> None:
+    watch = DriftWatch(tiny("llama"), FACTS, most=3, seed=1)
+    assert [fact.fact_id for fact in watch.groups["probe"]] == list(FACTS.sample(3, 1).ids)
+    names = ["model.layers.1", "model.layers.10"]
+    assert layer_of("base_model.model.model.layers.10.mlp.w", names) == 1
+    assert layer_of("model.layers.1.mlp.w", names) == 0
+    assert layer_of("model.norm.weight", names) is None
+
+
+def test_the_figure_has_a_panel_a_metric_and_the_bound(tmp_path) -> None:
+    watch = DriftWatch(tiny("llama"), TAUGHT, retained=known_by(), every=2)
+    train(model_of("lora"), watch, folder=tmp_path)
+    frame = watch.trajectory
+    fig = watched_training(frame, {"d_soft": 0.01, "forgetting": 0.25})
+    assert len(fig.data) == 4
+    rows = frame.query("group == 'retained' and metric == 'd_soft'")
+    drawn = next(trace for trace in fig.data if trace.name == "retained")
+    assert list(drawn.x) == list(rows["step"])
+    np.testing.assert_allclose(drawn.y, rows["value"])
+    assert [shape.y0 for shape in fig.layout.shapes] == pytest.approx([rows["value"].iloc[0] + 0.01, 25.0])
+    assert all(shape.line.dash == "dash" for shape in fig.layout.shapes)
+    assert fig.layout.xaxis2.title.text == "optimiser step"
+    assert watched_training(frame).layout.shapes == ()
+    with pytest.raises(ValueError, match="not watched"):
+        watched_training(frame, {"d_emb": 1.0})

@@ -1,0 +1,95 @@
+"""What can be done to a training that goes beyond a bound: stop it, slow it down, or drop layers from it."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Situation:
+    """A training beyond a bound: its parts, the weights to go back to, and how much each layer adds to the drift."""
+
+    model: nn.Module
+    optimizer: Any
+    scheduler: Any
+    kept: Mapping[str, Tensor]
+    kept_step: int
+    factor: float
+    layers: int
+    block_names: Sequence[str]
+    grown: Float[Tensor, " layer"] | None
+
+
+#: Whether training stops, and what was done.
+Done = tuple[bool, dict[str, Any]]
+
+
+@torch.no_grad()
+def keep_trainable(model: nn.Module, kept: dict[str, Tensor]) -> None:
+    """Copy the trainable weights to the CPU, into the copy of before where there is one."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            if name not in kept:
+                kept[name] = torch.empty_like(parameter, device="cpu", requires_grad=False)
+            kept[name].copy_(parameter)
+
+
+@torch.no_grad()
+def restore(now: Situation) -> Done:
+    """Stop, with the weights of the last reading within the bounds."""
+    for name, parameter in now.model.named_parameters():
+        if name in now.kept:
+            parameter.copy_(now.kept[name])
+    return True, {"restored_step": now.kept_step}
+
+
+def lower_rate(now: Situation) -> Done:
+    """Multiply the rates of the optimiser, and those that the schedule computes from."""
+    for group in now.optimizer.param_groups:
+        for name in ("lr", "initial_lr"):
+            if name in group:
+                group[name] = group[name] * now.factor
+    scheduler = getattr(now.scheduler, "scheduler", now.scheduler)  # accelerate wraps it
+    if hasattr(scheduler, "base_lrs"):
+        scheduler.base_lrs = [rate * now.factor for rate in scheduler.base_lrs]
+    return False, {"learning_rate": float(now.optimizer.param_groups[0]["lr"])}
+
+
+@torch.no_grad()
+def freeze_layers(now: Situation) -> Done:
+    """Put the worst layers that still train back to their start, for good; stop where nothing is left to train."""
+    inside: dict[int | None, list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in now.model.named_parameters():
+        if parameter.requires_grad:
+            inside.setdefault(layer_of(name, now.block_names), []).append((name, parameter))
+    left = [layer for layer in inside if layer is not None]
+    grown = [] if now.grown is None else now.grown.nan_to_num(math.inf).tolist()
+    worst = sorted(left, key=lambda layer: (-grown[layer], layer))[: now.layers]
+    for layer in worst:
+        for name, parameter in inside.pop(layer):
+            parameter.copy_(now.kept[name])
+            parameter.grad = None
+            parameter.requires_grad_(False)
+    return not inside or not worst, {"frozen": worst}
+
+
+def layer_of(parameter: str, names: Sequence[str]) -> int | None:
+    """The layer that a parameter lies in, by the names of the blocks, or None.
+
+    >>> layer_of("base_model.model.model.layers.11.mlp.down_proj.weight", ["model.layers.1", "model.layers.11"])
+    1
+    """
+    return next((layer for layer, name in enumerate(names) if f".{name}." in f".{parameter}"), None)
+
+
+#: What can be done when a bound is crossed: one function and one line.
+ACTIONS: dict[str, Callable[[Situation], Done]] = {
+    "stop": restore,
+    "lower_rate": lower_rate,
+    "freeze_layers": freeze_layers,
+}
