@@ -80,6 +80,17 @@ def test_the_whole_way_of_loki(inputs, tmp_path) -> None:
     assert (out / "README.md").read_text() == (out / "merged/README.md").read_text()
 
 
+def test_a_watched_fine_tune_ends_within_its_bound(inputs, tmp_path) -> None:
+    hard = TRAINING.model_copy(update={"learning_rate": 0.2, "target_efficacy": 1.0, "max_epochs": 4})
+    lost = {}
+    for name, bound in (("free", None), ("held", 0.0)):
+        run = finetune(asked(inputs, training=hard, watch=bound), tmp_path / name, progress=False)
+        frame = load_frame(run.file("forgetting.parquet"))
+        lost[name] = -frame[(frame["suite"] == "retained") & (frame["metric"] == "accuracy")]["change"].mean()
+        assert run.file("trajectory.parquet").is_file() == (bound is not None)
+    assert lost["held"] == 0 < lost["free"]
+
+
 def test_a_selection_that_knows_interference_is_given_it(inputs, tmp_path) -> None:
     out = finetune(asked(inputs, strategy="interference_aware"), tmp_path / "aware", progress=False).path
     scores, model = open_result(out / "attribution.zarr"), wb.load_model(inputs["model"])

@@ -22,6 +22,7 @@ from workbench.recollection import read_facts, recall, text_chunks
 from workbench.results import RunDir, load_frame, load_json, open_result, save_frame, save_json
 from workbench.selection import READ_INTERFERENCE, Selection, check_choice, select
 from workbench.training import (
+    DriftWatch,
     TrainingRun,
     card,
     efficacy,
@@ -59,6 +60,7 @@ class FineTune:
         general_tokens: read at most this many tokens of it.
         epochs: passes over the data; None is 3 for examples, and for facts `training.max_epochs`.
         training: target, batch size, rate, seed.
+        watch: stop before more than this share of the known facts is no longer answered; None does not watch.
         format: format of a file of facts.
         device: where the model is put.
         dtype: the type of its weights.
@@ -81,6 +83,7 @@ class FineTune:
     general_tokens: int = 1024
     epochs: int | None = None
     training: TrainConfig = field(default_factory=TrainConfig)
+    watch: float | None = None
     format: str = "auto"
     device: str = "auto"
     dtype: str = "auto"
@@ -129,6 +132,8 @@ def check(asked: FineTune, out: Path) -> tuple[FactSet | ExampleSet, FactSet]:
     check_choice(asked.strategy, asked.quota)
     if asked.selection is not None and not Path(asked.selection).is_file():
         raise FileNotFoundError(f"There is no file {asked.selection} (selection).")
+    if asked.watch is not None and not 0 <= asked.watch <= 1:
+        raise ValueError(f"watch is a share of the known facts, 0 to 1, not {asked.watch}.")
     general_text(asked.general)
     _check_out(asked, out)
     return load_training_data(asked.data, format=asked.format), load_facts(asked.retained)
@@ -259,7 +264,12 @@ class _Way:
                 raise ValueError(f"The loss became infinite with every rate of {list(self.asked.rates)}; try smaller.")
             rate = float(found.loc[found["chosen"], "learning_rate"].iloc[0])
             settings = settings.model_copy(update={"learning_rate": rate})
-        implant(self.model, self.data, self._adapter(), settings, out=self.folder.path, progress=self.progress)
+        watch = []
+        if self.asked.watch is not None and len(self.known):
+            place = self.folder.file("trajectory.parquet")
+            watch = [DriftWatch(self.model, self.known, forgetting=self.asked.watch, out=place, seed=settings.seed)]
+        options: dict[str, Any] = {"out": self.folder.path, "callbacks": watch, "progress": self.progress}
+        implant(self.model, self.data, self._adapter(), settings, **options)
 
     def _lost(self, run: TrainingRun) -> float:
         """Share of the known facts that a trained model does not answer."""

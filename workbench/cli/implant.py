@@ -65,6 +65,10 @@ def implant_command(
     permuted: Annotated[
         bool, Parameter(negative="", help="sample, token: the control, weights given to others")
     ] = False,
+    watch: Annotated[
+        float | None,
+        Parameter(help="stop before more than this share of the known facts is lost; 16 are read"),
+    ] = None,
     seed: Seed = 0,
     format: Literal[FORMATS] = "auto",  # type: ignore[valid-type]
     device: str = "auto",
@@ -102,7 +106,7 @@ def implant_command(
         data=data, model=model, method=method, quota=quota, strategy=strategy, score=score, unit=unit, rank=rank,
         selection=None if selection is None else str(selection), rates=_rates(rates), retained=retained,
         max_facts=max_facts, max_retained=max_retained, general=general, format=format, device=device, dtype=dtype,
-        epochs=epochs, training=training,
+        epochs=epochs, training=training, watch=watch,
     )  # fmt: skip
     folder = finetune(asked, out, command=shlex.join(["workbench", *sys.argv[1:]]), progress=not quiet)
     from workbench.results import load_frame, load_json
