@@ -74,6 +74,7 @@ class Study:
     asked: int
     tokens: int
     spread_weight: float
+    quota: float
     settings: TrainConfig
 
     @cached_property
@@ -104,6 +105,17 @@ class Study:
         return semantic_distance(self.model, self.taught, metrics=("d_soft",))
 
     @cached_property
+    def selection(self) -> wb.Selection:
+        """The nodes that LoKI trains: those that matter least to known facts, attributed once."""
+        scores = wb.attribute(self.model, self.known.at_most(30, seed=0), out=self.out / "scores.zarr")
+        return wb.select(scores, strategy="layer_balanced", score="magnitude", quota=self.quota)
+
+    def adapter(self, method: str) -> Any:
+        """A fresh configuration of a method."""
+        options: dict[str, Any] = {"selection": self.selection} if method == "loki" else {}
+        return wb.adapter_config(method, model_config=self.model.config, **options)
+
+    @cached_property
     def floor(self) -> float:
         """How much d_emb differs between wordings of a fact: below that nothing counts as pushed away."""
         return float(noise_floor(self.model, self.taught, metrics=("d_emb",))["floor"].iloc[0])
@@ -129,7 +141,7 @@ class Study:
         if (place / "trial.json").is_file():
             return load_json(place / "trial.json")
         facts = self.facts_of(arm, seed)
-        adapter = wb.adapter_config("full" if arm == "full" else self.method, model_config=self.model.config)
+        adapter = self.adapter("full" if arm == "full" else self.method)
         settings = self.settings.model_copy(update={"seed": seed, **WHOLE.get(arm, {})})
         scratch = place / "training"
         run = implant(self.model, facts, adapter, settings, out=scratch)
@@ -214,14 +226,15 @@ def study_of(options: argparse.Namespace) -> Study:
         raise ValueError(f"There is no arm {unknown[0]!r} here; known are {', '.join(arms)}.")
     settings = TrainConfig(
         max_epochs=1 if smoke else options.max_epochs, target_loss=options.target_loss,
-        learning_rate=options.learning_rate,
+        learning_rate=options.learning_rate, batch_size=options.batch_size,
     )  # fmt: skip
     return Study(
         out=options.out, model_name=options.model, method=options.method,
         arms=tuple(arm for arm in arms if arm == "all" or options.arms is None or arm in options.arms),
         seeds=tuple(options.seeds[:2] if smoke else options.seeds), new="fictional:4" if smoke else options.new,
         retained=options.retained, all_facts=options.all_facts, asked=4 if smoke else options.asked,
-        tokens=64 if smoke else options.tokens, spread_weight=options.spread_weight, settings=settings,
+        tokens=64 if smoke else options.tokens, spread_weight=options.spread_weight,
+        quota=options.quota, settings=settings,
     )  # fmt: skip
 
 
@@ -229,6 +242,7 @@ def main(arguments: list[str] | None = None) -> Path:
     """Run the study, publish its figure and table, and give the path of the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", default="lora", choices=("lora", "loki"), help="how facts are taught")
+    parser.add_argument("--quota", type=float, default=10.0, help="loki: nodes that are trained, in percent")
     parser.add_argument("--arms", nargs="+", help="only these, as all spread-0.7 sample; every one when not given")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.7], help="shares of the facts that filters keep")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -239,7 +253,8 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument("--asked", type=int, default=80, help="known facts on which forgetting is read")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of plain prose")
     parser.add_argument("--target-loss", type=float, default=0.1, help="training ends at this loss; 0: by epochs alone")
-    parser.add_argument("--max-epochs", type=int, default=15, help="a training gives up after so many")
+    parser.add_argument("--max-epochs", type=int, default=8, help="a training gives up after so many")
+    parser.add_argument("--batch-size", type=int, default=6, help="facts per step: small, so that few epochs suffice")
     parser.add_argument("--learning-rate", type=float, help="of every arm; the method's own default when not given")
     parser.add_argument("--spread-weight", type=float, default=4.0, help="of the variance in the rule spread")
     parser.add_argument("--out", type=Path, default=HERE / "runs" / "filter_and_weights", help="where trials are kept")
@@ -252,7 +267,7 @@ def main(arguments: list[str] | None = None) -> Path:
     save_frame(trials, study.out / "trials.parquet")
     about = {
         **provenance(), "model": study.model_name, "method": study.method, "new": study.new, "seeds": list(study.seeds),
-        "arms": list(study.arms), "spread_weight": study.spread_weight, "settings": study.settings.model_dump(),
+        "arms": list(study.arms), "spread_weight": study.spread_weight, "quota": study.quota, "settings": study.settings.model_dump(),
         "smoke": options.smoke, "trials": trials.replace({np.nan: None}).to_dict(orient="records"),
     }  # fmt: skip
     drawn = frame[(frame["metric"] == "accuracy") & frame["suite"].isin(["taught", "kept", "retained"])]

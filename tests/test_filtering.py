@@ -224,7 +224,7 @@ def test_the_command_keeps_what_the_function_keeps(rule: str, tmp_path, monkeypa
     )  # fmt: skip
     assert load_facts(out).facts == expected.facts
     assert expected.name == f"tiny:{rule}-4"
-    table = pd.read_csv(tmp_path / "kept.csv")
+    table = pd.read_csv(tmp_path / "kept.filter.csv")
     assert table.loc[table["kept"], "fact"].tolist() == list(expected.ids)
     assert f"dropped by {rule}" in capsys.readouterr().out
 

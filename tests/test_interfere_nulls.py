@@ -21,7 +21,6 @@ from workbench.interfere.nulls import (
 )
 from workbench.intervals import benjamini_hochberg
 from workbench.results import validate_interference
-from workbench.selection import select
 
 RELATIONS = np.array(["a", "a", "a", "a", "b", "b", "b", "c", "c", "c", "d", "d"])
 
@@ -174,7 +173,7 @@ def test_chance_is_a_percentile_of_the_largest_pairs() -> None:
 
     free, matched = largest_by_chance(again, 2, np.ones(4), generator=np.random.default_rng(0), draws=20)
     assert (free, matched) == (list(range(20)), list(range(20, 40)))
-    assert chance_level(free) == pytest.approx(18.05)
+    assert chance_level(free) == 19.0
 
 
 def small() -> tuple[FactSet, xr.Dataset]:
@@ -197,15 +196,3 @@ def test_results_of_before_stay_valid_and_new_columns_are_checked() -> None:
         validate_interference(found.assign(q_value=found["q_value"].transpose("layer", "metric")))
     with pytest.raises(ValueError, match="`value` at metric"):
         validate_interference(found.assign(value=found["value"].where(found["layer"] == 0)))
-
-
-def test_selection_reads_the_overlaps_and_nothing_of_other_scales() -> None:
-    facts, ds = small()
-    found = interference(None, facts, ds, progress=False, permutations=5)
-    other = found.isel(metric=[0]).assign_coords(metric=["suppression"])
-    other = other.assign(value=other["value"])
-    other["value"][0, 0] = 500.0
-    both = xr.concat([found, other], "metric", data_vars="minimal")
-    ways = [select(ds, strategy="interference_aware", quota=30, interference=one) for one in (found, both, other)]
-    assert ways[0].positions() == ways[1].positions()
-    assert ways[0].positions() != ways[2].positions()  # alone, the other one is read

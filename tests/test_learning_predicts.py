@@ -10,7 +10,7 @@ import pytest
 import xarray as xr
 
 from workbench.learning import by_layer, mantel, predicts, verdict
-from workbench.learning.candidates import Candidate
+from workbench.learning.candidates import Candidate, aligned
 from workbench.learning.pairs import (
     drawn_facts,
     halves,
@@ -255,3 +255,13 @@ def test_wrong_inputs_are_named() -> None:
         predicts(interference, harm, splits=0)
     with pytest.raises(ValueError, match="7 of 8 learnt facts"):
         predicts(interference, harm.assign(reached=harm["reached"].where(harm["other"] != "f0")))
+
+
+def test_a_measure_whose_other_one_suffers_is_turned_before_it_is_compared() -> None:
+    """Superposition has the edited fact first: harm that follows it is found only with the two exchanged."""
+    draw = np.random.default_rng(5)
+    values = draw.normal(size=(1, 1, 12, 12)).astype(np.float32)
+    target, candidates = aligned(measured(values, ["superposition"]), harms(values[0, 0].T))
+    (one,) = [c for c in candidates if c.measure == "superposition" and c.kind == "best layer"]
+    np.testing.assert_allclose(one.matrices[0], target)
+    assert not np.allclose(one.matrices[0], values[0, 0])

@@ -69,7 +69,7 @@ def filter_facts(
         weight: of the variance (`spread`) or the covariance (`near_diverse`); at least 0. Distances vary little beside
             their mean, so on `d_soft` of real facts `spread` keeps no far fact below a weight of about 1.5.
         low: `band`: the quantile where the band starts.
-        embeddings: `near_diverse`: one row a fact, in the order of the facts; see `target_embeddings`.
+        embeddings: `near_diverse`: one row a fact, in the order of the facts: `target_embeddings(model, facts)`.
         loss: `loss`: fact id -> loss of the base model.
         seed: `random`.
 
@@ -195,11 +195,16 @@ RULES: dict[str, Callable[[Pool], np.ndarray]] = {
 }
 
 
-def check_rule(rule: str) -> str:
-    """The rule, if there is one of this name; else a ValueError."""
+def check_options(rule: str, keep: float | int, weight: float | int = 1.0, low: float | None = None) -> None:
+    """Raise `ValueError` for an unknown rule, or numbers that fit no set of facts."""
     if rule not in RULES:
         raise ValueError(f"There is no rule {rule!r}; known are {', '.join(RULES)}.")
-    return rule
+    if not (weight >= 0 and np.isfinite(weight)):
+        raise ValueError(f"weight must be a finite number of at least 0, got {weight}.")
+    if low is not None and not 0 <= low < 1:
+        raise ValueError(f"low is a quantile, from 0 to below 1, got {low}.")
+    if isinstance(keep, float):
+        _count(keep, 1)
 
 
 def target_embeddings(model: Any, facts: FactSet) -> Float[np.ndarray, "fact d_model"]:
@@ -213,9 +218,7 @@ def _judged(
     distance: Any, rule: str, keep: float | int, facts: FactSet | None, metric: str | None, **options: Any
 ) -> tuple[FactSet, pd.DataFrame]:
     """The facts, and the frame of `filtered`."""
-    check_rule(rule)
-    if not options["weight"] >= 0:
-        raise ValueError(f"weight must be at least 0, got {options['weight']}.")
+    check_options(rule, keep, options["weight"], options["low"])
     known = _facts_of(distance, facts)
     values = _distances(distance, known, metric)
     order = np.argsort(values, kind="stable")  # what has no distance comes last

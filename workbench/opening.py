@@ -23,7 +23,8 @@ def open_model(
     """Open a `HookedModel` from whatever stands for one.
 
     That is: a `HookedModel`, the default's name, a folder of safetensors, a `.gguf` file, a hub id, a folder with a
-    peft adapter, a loaded transformers or peft model, or anything with an `adapter` folder, such as a `TrainingRun`.
+    peft adapter or with one in `adapter/`, a loaded transformers or peft model, or anything with an `adapter` folder,
+    such as a `TrainingRun`.
 
     An adapter is merged into `base` if that is given, else into the model that it was trained on: `beside` if it is
     that model, or the one that the adapter names. A loaded model takes `tokenizer`, or that of `base` or `beside`, or
@@ -40,6 +41,8 @@ def open_model(
             model = copy.deepcopy(cast(Any, model)).merge_and_unload()
         return load_model(model, tokenizer=tokenizer or own_tokenizer(model))
     folder = Path(getattr(model, "adapter", model))
+    if (folder / "adapter" / "adapter_config.json").is_file():  # what `workbench implant` writes
+        folder = folder / "adapter"
     if (folder / "adapter_config.json").is_file():
         base = base or _trained_on(folder, beside, device, dtype)
         merged, tokenizer = load_adapted(folder, base, dtype=dtype, device=device, tokenizer=tokenizer)
@@ -74,6 +77,12 @@ def hooked_among(models: Any) -> HookedModel | None:
     """The first `HookedModel` of one model or of several by name, if there is one."""
     several = models.values() if isinstance(models, dict) else [models]
     return next((model for model in several if isinstance(model, HookedModel)), None)
+
+
+def check_several(models: Any) -> None:
+    """Raise for a dictionary of no models."""
+    if isinstance(models, dict) and not models:
+        raise ValueError("There is no model to compare with: the dictionary of models is empty.")
 
 
 def check_comparable(before: HookedModel, after: HookedModel) -> None:

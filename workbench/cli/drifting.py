@@ -1,7 +1,7 @@
 """Where facts stand and how they moved: `distance`, `drift`, `blame`."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
@@ -109,10 +109,17 @@ def blame_command(
     check_table(out)
     chosen = load_facts(facts).at_most(limit, seed)
     from workbench.results import open_result
-    from workbench.selection import Selection
 
-    scores = None if attribution is None else open_result(attribution)
-    units = None if selection is None else Selection.load(selection)
+    scores = None if attribution is None else open_result(attribution, kind="attribution")
+    if scores is not None:
+        there = {str(i) for i in scores["fact"].values}
+        shared = [one for one in chosen.ids if one in there]
+        if not shared:
+            raise ValueError(f"The attribution has none of the {len(chosen)} facts; give --facts as it was made with.")
+        if len(shared) < len(chosen):
+            print(f"{len(shared)} of the {len(chosen)} facts are in the attribution, and only those are read.")
+        chosen = chosen.filter(ids=shared)
+    units = None if selection is None else _units(selection, scores)
     from workbench.semantics import attribute_drift, drift_shares
 
     frame = attribute_drift(
@@ -120,3 +127,15 @@ def blame_command(
     )
     write_table(frame, out)
     show(drift_shares(frame, seed=seed))
+
+
+def _units(path: Path, scores: Any) -> Any:
+    """A saved selection, or a bare position file of the units of an attribution."""
+    from workbench.results import load_json
+    from workbench.selection import Selection
+
+    if not isinstance(load_json(path), list):
+        return Selection.load(path)
+    if scores is None:
+        raise ValueError(f"{path} lists positions without saying of what: give --attribution as well.")
+    return Selection.from_positions(path, unit=str(scores.attrs["unit"]), n_units=scores.sizes["unit"])

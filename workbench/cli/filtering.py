@@ -31,16 +31,19 @@ def filter_command(
     spread keeps near and far ones (mean distance against variance), band those
     between two quantiles, near_diverse near ones whose answers differ; random and
     loss (drops what the model finds hardest) are the controls to compare with.
-    Beside --out a table (.csv) says what became of every fact.
+    Beside --out a table (.filter.csv) says what became of every fact.
 
     Example: workbench filter --facts fictional:120 --rule spread --keep 0.7 --out kept.jsonl
     """
     if out.suffix != ".jsonl":
         raise ValueError(f"--out must end in .jsonl, not {out.name!r}.")
-    share = _keep(keep)
-    from workbench.filtering import check_rule, filter_facts, filtered, target_embeddings
+    share, table_file = _keep(keep), out.with_suffix(".filter.csv")
+    for written in (out, table_file):
+        if Path(facts).exists() and written.resolve() == Path(facts).resolve():
+            raise ValueError(f"{written} is the file of the facts themselves; give another --out.")
+    from workbench.filtering import check_options, filter_facts, filtered, target_embeddings
 
-    check_rule(rule)
+    check_options(rule, share, weight, low)
     opened, chosen = model_and_facts(model, facts, device=device, dtype=dtype, quiet=quiet)
     from workbench.recollection import recall
     from workbench.semantics import semantic_distance
@@ -58,8 +61,8 @@ def filter_command(
         table.groupby("why", sort=False)["distance"].agg(facts="size", mean="mean", low="min", high="max").reset_index()
     )
     print(kept.save(out))
-    table.to_csv(out.with_suffix(".csv"), index=False)
-    print(out.with_suffix(".csv"))
+    table.to_csv(table_file, index=False)
+    print(table_file)
 
 
 def _keep(text: str) -> float | int:

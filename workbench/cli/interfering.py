@@ -39,8 +39,9 @@ def interference_command(
         int | None, Parameter(help="only so many facts, drawn by --seed", validator=Number(gte=2))
     ] = None,
     metrics: Annotated[
-        str, Parameter(help="separated by commas: cosine, jaccard, superposition, gradient, suppression")
-    ] = "cosine,jaccard",
+        tuple[str, ...],
+        Parameter(consume_multiple=True, negative="", help="cosine, jaccard, superposition, gradient, suppression"),
+    ] = ("cosine", "jaccard"),
     attribution: Annotated[
         Path | None, Parameter(help="a result of `workbench attribute`; without one, grad_x_act is computed")
     ] = None,
@@ -50,7 +51,7 @@ def interference_command(
     top: Annotated[float, Parameter(help="top sets of jaccard and suppression, in percent of a layer's units")] = 1.0,
     permutations: Annotated[
         int, Parameter(help="draws of the nulls that shuffle facts", validator=Number(gte=1))
-    ] = 200,
+    ] = 999,
     text: Annotated[str, Parameter(help="general, or a text file of passages, for superposition")] = "general",
     memory: Annotated[float | None, Parameter(help="GiB beside the model; half of what is free")] = None,
     seed: Seed = 0,
@@ -64,13 +65,13 @@ def interference_command(
     a token: give it few facts (--sample).
     """
     _check_out(out)
-    names = [name.strip() for name in metrics.split(",")]
+    names = [name.strip() for given in metrics for name in given.split(",")]
     if attribution is not None and unit is not None:
         raise ValueError("--unit is that of --attribution; give one of the two.")
     from workbench.facts import general_text
     from workbench.results import check_made_with, open_result, save_result
 
-    scores = None if attribution is None else open_result(attribution)
+    scores = None if attribution is None else open_result(attribution, kind="attribution")
     passages = general_text(text)
     from workbench.interfere import checked_metrics, conflict_rates, interference, key_statistics, within_across
 
@@ -94,6 +95,10 @@ def interference_command(
     options: dict[str, Any] = {"metrics": names, "top": top, "permutations": permutations, "text": passages}
     result = interference(opened, chosen, scores, **options, seed=seed, memory=memory, progress=not quiet)
     table = within_across(result)
+    if out is not None and out.suffix == ".zarr":
+        print(save_result(result, out, kind="interference"))
+    else:
+        write_table(table, out)
     show(table[[name for name in SHOWN if name in table]])
     for name, summarise, title in (
         ("superposition", key_statistics, "keys of different facts"),
@@ -102,10 +107,6 @@ def interference_command(
         if name in names:
             print(f"\n{title}:")
             show(summarise(result))
-    if out is not None and out.suffix == ".zarr":
-        print(save_result(result, out, kind="interference"))
-    else:
-        write_table(table, out)
 
 
 def _attributed(facts: Any, scores: Any) -> Any:

@@ -50,6 +50,8 @@ def harm_command(
     quiet: Quiet = False,
 ) -> None:
     """Learn every fact alone, by plain gradient descent, and measure what that takes from every fact."""
+    if out.suffix not in ("", ".zarr"):
+        raise ValueError(f"--out is a folder: it must end in .zarr, unlike {out.name!r}.")
     from workbench.facts import load_facts
 
     taught = None if others is None else load_facts(others, format=format)
@@ -64,8 +66,9 @@ def harm_command(
     reached = int((found["reached"] > 0.5).sum())
     apart = found["harm"].where(found["fact"] != found["other"])
     print(f"{reached} of {found.sizes['other']} facts learnt (P > 0.5) at a rate of {found.attrs['rate_used']:.3g}")
-    harmed = float((apart > 0).sum() / apart.count())
-    print(f"learning one takes {float(apart.mean()):+.3f} nats from another; {harmed:.0%} of the pairs are harmed")
+    if apart.count():
+        harmed = float((apart > 0).sum() / apart.count())
+        print(f"learning one takes {float(apart.mean()):+.3f} nats from another; {harmed:.0%} of the pairs are harmed")
     print(out)
 
 
@@ -115,7 +118,7 @@ def predict_command(
     from workbench.learning import predicts, verdict
     from workbench.results import open_result
 
-    measured, harmed = open_result(interference), open_result(harm)
+    measured, harmed = open_result(interference, kind="interference"), open_result(harm, kind="harm")
     frame = predicts(measured, harmed, splits=splits, permutations=permutations, seed=seed)
     if by_layer:
         show(each_layer(measured, harmed, permutations=permutations, seed=seed))
@@ -139,7 +142,8 @@ def advise_command(
     from workbench.learning import layer_advice
     from workbench.results import open_result
 
-    scores = None if new is None else open_result(new)
-    frame = layer_advice(open_result(interference), new=scores, quota=quota, weights=weights, seed=seed)
+    scores = None if new is None else open_result(new, kind="attribution")
+    found = open_result(interference, kind="interference")
+    frame = layer_advice(found, new=scores, quota=quota, weights=weights, seed=seed)
     show(frame)
     write_table(frame, out)

@@ -60,7 +60,7 @@ def select_command(
     from workbench.results import open_result
     from workbench.selection import select
 
-    chosen = select(open_result(attribution), **choice.options(strategy))
+    chosen = select(open_result(attribution, kind="attribution"), **choice.options(strategy))
     print(f"{chosen.n_selected} {chosen.unit}s in {chosen.n_layers} layers: {chosen.to_positions(out)}")
 
 
@@ -84,9 +84,8 @@ def stability_command(
 
     check_table(out)
     drawn: dict[str, Any] = {"share": 1.0, "replace": True} if bootstrap else {"share": share}
-    frame = stability(
-        open_result(attribution), draws=draws or 20, **drawn, **choice.options(strategy), progress=not quiet
-    )
+    scores = open_result(attribution, kind="attribution")
+    frame = stability(scores, draws=draws or 20, **drawn, **choice.options(strategy), progress=not quiet)
     show(frame)
     whole = frame.iloc[0]
     print(f"{whole['kept']:.2%} of {whole['n_selected']:.0f} units kept, by chance {whole['chance']:.2%}")
@@ -114,7 +113,7 @@ def agreement_command(
     from workbench.selection import READ_INTERFERENCE, Selection, agreement, select
 
     check_table(out)
-    scores = open_result(attribution)
+    scores = open_result(attribution, kind="attribution")
     plain = replace(choice, interference=None, new=None, weights=None)
     compared = {
         name: select(scores, **(choice if name in READ_INTERFERENCE else plain).options(name)) for name in strategies

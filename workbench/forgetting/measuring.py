@@ -11,7 +11,7 @@ from workbench.facts import FactSet
 from workbench.forgetting.harness import find_tasks, read_items
 from workbench.metrics import kl, logprob
 from workbench.models import HookedModel
-from workbench.opening import check_comparable, hooked_among, open_model
+from workbench.opening import check_comparable, check_several, hooked_among, open_model
 from workbench.recollection import read_facts, text_chunks, text_logits
 
 Suite = FactSet | Sequence[str]
@@ -53,6 +53,7 @@ def measure_forgetting(
             name of a suite, or lm-eval is not installed.
     """
     _check(suites, tasks)
+    check_several(after)
     manager = find_tasks(tasks) if tasks else None
     first = open_model(before, beside=hooked_among(after), tokenizer=tokenizer)
 
@@ -84,6 +85,8 @@ def measure_forgetting(
 
 def _check(suites: Mapping[str, Suite], tasks: Sequence[str] | None) -> None:
     """Raise where there is nothing to read, or one name for two things."""
+    if not isinstance(suites, Mapping):
+        raise ValueError('suites is a dictionary of fact sets and lists of passages by name, as in {"facts": facts}.')
     empty = [name for name, suite in suites.items() if not len(suite)]
     if empty or not (suites or tasks):
         raise ValueError(f"Every suite needs facts or texts; empty: {', '.join(empty) or 'all'}.")

@@ -15,14 +15,15 @@ from workbench.models import Patch, pad_batch
 from workbench.recollection import TOKENS_PER_PASS
 
 #: Draws of the shuffled keys.
-DRAWS = 20
+DRAWS = 19
 
 
 def superposition(problem: Problem) -> Iterator[Found]:
     """`p_ij = k_j^T C^-1 k_i / (k_i^T C^-1 k_i)`: what an edit that gives k_i a new value adds to the output at k_j.
 
-    `fact` is i, the fact whose memory is read with another's key and whose own key sets the scale: 1 means that the
-    two cannot be told apart, 0 that they are apart. `other` is j. k is the input of the down-projection at the last
+    `fact` is i, the fact that is edited, whose own key sets the scale: 1 means that the two cannot be told apart, 0
+    that they are apart. `other` is j, the one that *suffers*: the formula's order of indices is the reverse of that of
+    the other measures (`Measure.suffers`). k is the input of the down-projection at the last
     token of the subject, or of the prompt where the subject is not in it (`keys_at_last_token` says how often); C is
     the second moment of keys over general text (`Moment.shrunk`). A fact with a key of zero has p = 0.
 

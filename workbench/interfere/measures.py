@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
@@ -31,6 +31,8 @@ class Measure:
         symmetric: whether it is the same from either fact.
         signed: whether values below 0 mean the opposite of those above.
         needs_model: whether it runs the model, or reads scores only.
+        suffers: which of the two a value is about: "fact" under "other", or the other way round.
+        harmful: whether larger values mean more harm (1), or less (-1).
         about: what a value is, with its unit.
     """
 
@@ -39,14 +41,16 @@ class Measure:
     signed: bool
     needs_model: bool
     about: str
+    suffers: Literal["fact", "other"] = "fact"
+    harmful: Literal[1, -1] = 1
 
 
 #: Every measure, by the name that users give.
 METRICS: dict[str, Measure] = {
     "cosine": Measure(cosine_overlap, True, False, False, "cosine of |scores|"),
     "jaccard": Measure(jaccard_overlap, True, False, False, "shared share of the top units"),
-    "superposition": Measure(superposition, False, True, True, "projection of whitened keys"),
-    "gradient": Measure(gradient, True, True, True, "cosine of gradients"),
+    "superposition": Measure(superposition, False, True, True, "projection of whitened keys", suffers="other"),
+    "gradient": Measure(gradient, True, True, True, "cosine of gradients", harmful=-1),
     "suppression": Measure(suppression, False, True, True, "drop of log P(answer), nats"),
 }
 
@@ -58,7 +62,7 @@ def interference(
     *,
     metrics: Sequence[str] = ("cosine", "jaccard"),
     top: float | int = 1.0,
-    permutations: int = 200,
+    permutations: int = 999,
     seed: int = 0,
     text: Sequence[str] | None = None,
     memory: float | int | None = None,
@@ -82,12 +86,13 @@ def interference(
         progress: show progress bars.
 
     Returns:
-        Dataset with `value` (metric, layer, fact, other): what `other` does to `fact`, float32. For each metric and
-        layer: `within` and `across` (means over pairs of facts of the same relation and of different ones, both
-        directions averaged); `difference` with its 95% interval over facts `low`..`high`; the 95% band of shuffled
-        relations `null_low`..`null_high`, two-sided `p_value`, and `q_value` (Benjamini-Hochberg over the layers of
-        the metric); `chance`, the 95th percentile of the largest value of any two facts when every fact's units are
-        shuffled, so that a pair above it is beyond chance, and `matched_chance` when they are shuffled among units of
+        Dataset with `value` (metric, layer, fact, other): what `other` does to `fact` (superposition: what `fact` does
+        to `other`, as its formula has it), float32. For each metric and layer: `within` and `across` (means over pairs
+        of facts of the same relation and of different ones, both directions averaged); `difference` with its 95%
+        interval over facts `low`..`high`; the 95% band of shuffled relations `null_low`..`null_high`, two-sided
+        `p_value`, and `q_value` (Benjamini-Hochberg over the layers of the metric); `chance`, what the largest value of
+        any two facts reaches when every fact's units are shuffled, in `unit_draws` draws (an attribute, by metric: n
+        draws are exceeded by chance in one layer of n + 1), and `matched_chance` when they are shuffled among units of
         similar size only. With a model, `meaning` (fact, other), how near two facts are by the embedding, and per
         metric and layer its rank correlation with the value `meaning_rho`, `meaning_p` (Mantel) and `meaning_q`.
         `load` (layer, unit): mean |score| over facts, what the facts lean on. With "gradient", `gradient_norm`
@@ -123,7 +128,8 @@ def interference(
             "relation": ("fact", list(relations)),
         },
         attrs={
-            **{k: attribution.attrs[k] for k in ("unit", "method", "model_digest", "fact_digest")},
+            **{k: attribution.attrs.get(k, "unknown") for k in ("unit", "method", "model_digest")},
+            "fact_digest": problem.facts.digest,
             "top_percent": top,
             "permutations": permutations,
             "bootstrap_draws": DRAWS,
@@ -149,6 +155,8 @@ def _problem(
 ) -> Problem:
     """Check everything that can be refused before the first pass."""
     checked_metrics(metrics, top, permutations, memory)
+    if "score" not in attribution or "unit" not in attribution.attrs:
+        raise ValueError("The attribution has no scores of a kind of unit: give a result of `attribute`.")
     ids = [str(i) for i in attribution["fact"].values]
     if len(ids) < 2:
         raise ValueError(f"Interference needs at least 2 facts; the attribution has {len(ids)}.")
@@ -169,6 +177,13 @@ def _problem(
     passages = general_text() if text is None and "superposition" in metrics else list(text or ())
     count = max(1, round(top / 100 * attribution.sizes["unit"]))
     ordered = FactSet(facts.name, tuple(known[i] for i in ids))
+    made_of = str(attribution.attrs.get("fact_digest", "unknown"))
+    is_digest = len(made_of) == len(facts.digest)  # results from elsewhere may say something else
+    if is_digest and len(facts) == len(ids) and made_of not in (facts.digest, ordered.digest):
+        raise ValueError(
+            f"The facts of {facts.name} have the ids of the attributed ones but other prompts or answers: give those "
+            "that were attributed, or attribute these."
+        )
     return Problem(ordered, attribution, count, seed, model, passages, memory, progress)
 
 
@@ -200,6 +215,7 @@ def _filled(
     layers = tqdm(METRICS[name].find(problem), total=len(value), unit="layer", desc=name, disable=not problem.progress)
     for place, found in enumerate(layers):
         value[place] = found.value
+        notes.setdefault("unit_draws", {})[name] = len(found.largest)
         chance["chance"][place] = chance_level(list(found.largest))
         chance["matched_chance"][place] = chance_level(list(found.largest_matched))
         for column, numbers in found.by_fact.items():

@@ -64,8 +64,11 @@ def largest_pair(matrix: Matrix) -> float:
 
 
 def chance_level(largest: list[float]) -> float:
-    """The 95th percentile over draws."""
-    return float(np.quantile(largest, 0.95))
+    """The least draw that at most 5% of the draws exceed; of fewer than 20 draws, the largest.
+
+    Of n draws with n < 20, what was observed lies above it by chance with probability 1 / (n + 1).
+    """
+    return float(np.quantile(largest, 0.95, method="higher"))
 
 
 def in_pairs(values: Values) -> Float[np.ndarray, "layer pair"]:

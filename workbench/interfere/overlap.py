@@ -9,7 +9,7 @@ from workbench.interfere.nulls import largest_by_chance
 from workbench.interfere.problem import Found, Matrix, Problem, Scores
 
 #: Draws of the shuffled units.
-DRAWS = 20
+DRAWS = 19
 
 
 def cosine(scores: Scores, top: int) -> Matrix:

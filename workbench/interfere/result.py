@@ -23,14 +23,17 @@ def colliding_pairs(result: xr.Dataset, *, metric: str = "cosine") -> pd.DataFra
     """Pairs of facts whose value lies beyond chance: layer, fact, other, same_relation, value, chance; strongest first.
 
     A pair of a measure that is not symmetric is listed for each direction that is beyond chance; `fact` is the one
-    that suffers.
+    that suffers. A measure whose low values are the harmful ones is a `ValueError`: see `conflict_rates`.
     """
     _asked(result, metric)
+    if metric in METRICS and METRICS[metric].harmful < 0:
+        raise ValueError(f"Large values of {metric} mean less harm, so none is a collision: see conflict_rates.")
     rows = []
     relations = result["relation"].values
     ids = result["fact"].values
     symmetric = metric not in METRICS or METRICS[metric].symmetric
     first, second = np.triu_indices(len(ids), 1)
+    suffers = metric in METRICS and METRICS[metric].suffers == "other"
     if not symmetric:
         first, second = np.concatenate([first, second]), np.concatenate([second, first])
     for layer in result["layer"].values:
@@ -41,8 +44,8 @@ def colliding_pairs(result: xr.Dataset, *, metric: str = "cosine") -> pd.DataFra
             pd.DataFrame(
                 {
                     "layer": int(layer),
-                    "fact": ids[first[found]],
-                    "other": ids[second[found]],
+                    "fact": ids[(second if suffers else first)[found]],
+                    "other": ids[(first if suffers else second)[found]],
                     "same_relation": relations[first[found]] == relations[second[found]],
                     "value": values[found],
                     "chance": chance,

@@ -33,8 +33,8 @@ def layer_advice(
     weight of new 0) they are exactly its budgets; with `new`, z also has the overlap of new and retained facts.
 
     Args:
-        interference: a result of `interference` for the retained facts. All its measures count, and more of each counts
-            as worse: leave those out of which that is not so, as of "gradient".
+        interference: a result of `interference` for the retained facts; of its measures the overlaps "cosine"
+            and "jaccard" count.
         new: a result of `attribute` for the facts to be taught, of the same model and unit kind.
         quota: share of all units that is trained, in percent.
         weights: of the terms "collision" and "new"; 1 each where they are left out.

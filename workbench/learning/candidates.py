@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
-from workbench.interfere import predicted_change
+from workbench.interfere import METRICS, predicted_change
 from workbench.learning.pairs import Matrix, Stack, off_diagonal
 from workbench.results import validate_harm
 
@@ -25,6 +25,8 @@ class Candidate:
 def aligned(interference: xr.Dataset, harm: xr.Dataset) -> tuple[Matrix, list[Candidate]]:
     """The harm among common facts, and everything that may predict it."""
     validate_harm(harm)
+    if "value" not in interference:
+        raise ValueError("The interference has no `value`: give a result of `interference`.")
     digests = {str(ds.attrs.get("model_digest", "unknown")) for ds in (interference, harm)} - {"unknown"}
     if len(digests) > 1:
         raise ValueError("The interference and the harm are of different models: measure both on the same one.")
@@ -42,6 +44,8 @@ def aligned(interference: xr.Dataset, harm: xr.Dataset) -> tuple[Matrix, list[Ca
     measures = []
     for metric in found["metric"].values:
         matrices = found.sel(metric=metric).values.astype(np.float64)
+        if metric in METRICS and METRICS[metric].suffers == "other":
+            matrices = matrices.transpose(0, 2, 1)  # harm is of the fact that suffers under the other
         if not np.isfinite(matrices[:, apart]).all():
             raise ValueError(f"The interference has values of {metric} that are not finite: leave that measure out.")
         measures.append(Candidate(str(metric), "best layer", matrices, layers))

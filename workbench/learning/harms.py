@@ -151,10 +151,10 @@ def _started(out: str | Path | None, resume: bool, settings: dict[str, Any]) -> 
         return None
     stored = open_result(folder).load()
     was = {name: stored.attrs.get(name) for name in settings}
-    differing = [f"{name} (stored {was[name]!r}, now {now!r})" for name, now in settings.items() if was[name] != now]
+    differing = [name for name, now in settings.items() if was[name] != now]
     if differing:
         raise ValueError(
-            f"{folder} holds a result with other settings, it differs in {'; '.join(differing)}: choose another out=, "
-            "or start anew with resume=False."
+            f"{folder} holds a result with other settings, it differs in {', '.join(differing)}: choose another out=, "
+            "or start anew with resume=False (--no-resume)."
         )
     return stored

@@ -102,7 +102,7 @@ def predicts(
 def by_layer(interference: xr.Dataset, harm: xr.Dataset, *, permutations: int = 999, seed: int = 0) -> pd.DataFrame:
     """Correlate every measure at every layer with the harm, on all facts: measure, layer, rho, p_value, q_value.
 
-    Spearman over ordered pairs; two-sided p-values of Mantel's test, with Benjamini-Hochberg over all rows. Nothing is
+    Spearman over ordered pairs; two-sided p-values of Mantel's test, with Benjamini-Hochberg over layers. Nothing is
     chosen here, so nothing is held out; for the measure to trust see `predicts`.
     """
     target, candidates = aligned(interference, harm)
@@ -111,9 +111,8 @@ def by_layer(interference: xr.Dataset, harm: xr.Dataset, *, permutations: int = 
         if one.kind == "best layer":
             rho, p_value = mantel_rows(one.matrices, target, permutations=permutations, seed=seed)
             columns = {"measure": one.measure, "layer": list(one.layers), "rho": rho, "p_value": p_value}
-            frames.append(pd.DataFrame(columns))
-    frame = pd.concat(frames, ignore_index=True)
-    return frame.assign(q_value=benjamini_hochberg(frame["p_value"].to_numpy()))
+            frames.append(pd.DataFrame(columns).assign(q_value=benjamini_hochberg(p_value)))
+    return pd.concat(frames, ignore_index=True)
 
 
 def verdict(frame: pd.DataFrame, *, level: float = 0.05) -> str:

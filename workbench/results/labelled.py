@@ -24,8 +24,10 @@ def save_result(ds: xr.Dataset, path: str | Path, *, kind: str = "result") -> Pa
     return folder
 
 
-def open_result(path: str | Path, *, partial: bool = False, all_facts: bool = False) -> xr.Dataset:
-    """Open a stored result lazily: numbers are read when they are used.
+def open_result(
+    path: str | Path, *, kind: str | None = None, partial: bool = False, all_facts: bool = False
+) -> xr.Dataset:
+    """Open a stored result lazily: numbers are read when they are used; another `kind` than asked for is refused.
 
     An attribution that was interrupted is refused unless `partial=True`, which gives the facts that are done (and says
     so in the attribute "partial"); `all_facts=True` also gives the others, as NaN.
@@ -33,6 +35,8 @@ def open_result(path: str | Path, *, partial: bool = False, all_facts: bool = Fa
     folder = Path(path)
     if kind_of(folder) is None:
         raise FileNotFoundError(f"{folder} is not a folder with a result of this workbench.")
+    if kind is not None and kind_of(folder) not in (kind, "result"):  # saved by hand, a result may not say its kind
+        raise ValueError(f"{folder} holds a result of the kind {kind_of(folder)}; what is needed here is {kind}.")
     stored = xr.open_zarr(folder, consolidated=False, chunks=None, zarr_format=3)
     ds = _text_as(
         stored.drop_attrs(deep=False).assign_attrs({k: v for k, v in stored.attrs.items() if k != KIND}),

@@ -15,7 +15,7 @@ from workbench.distances import toward_and_off
 from workbench.facts import FactSet
 from workbench.intervals import wilson
 from workbench.models import HookedModel
-from workbench.opening import check_comparable, hooked_among, open_model
+from workbench.opening import check_comparable, check_several, hooked_among, open_model
 from workbench.semantics.anchors import Target, check_anchor, target_of
 from workbench.semantics.distance import DISTANCES, Said, check_metrics, distances, layer_distance, read
 
@@ -62,6 +62,7 @@ def measure_drift(
     """
     chosen = check_metrics(metrics, METRICS)
     anchors = check_anchors(anchor)
+    check_several(after)
     first = open_model(before, beside=hooked_among(after), tokenizer=tokenizer)
     tokens = first.tokenise(facts)
     layered = [metric for metric in chosen if metric in _LAYERED]

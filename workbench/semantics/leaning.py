@@ -47,6 +47,8 @@ def sizes(
 
 def magnitudes(attribution: xr.Dataset, facts: FactSet, units: Selection) -> Float[np.ndarray, "fact layer unit"]:
     """The attribution's |score| of these facts; a fact or a shape that it does not have is a `ValueError`."""
+    if "score" not in attribution:
+        raise ValueError("The attribution has no scores: give a result of `attribute`.")
     score = attribution["score"].transpose("fact", "layer", "unit")
     missing = sorted(set(facts.ids) - {str(name) for name in score["fact"].values})
     if missing:

@@ -99,6 +99,8 @@ def enhance(
 
 def scaled(model: HookedModel, selection: Selection, factor: float | int, scope: str = "all") -> Intervention:
     """The intervention that multiplies the selected units' activations by `factor`; checked here, not when it runs."""
+    if not isinstance(selection, Selection):
+        raise ValueError(f"What is silenced is a Selection, as `select` makes, not a {type(selection).__name__}.")
     if not selection.matches(model.n_layers, model.width(selection.unit)):
         raise ValueError(
             f"The selection has {selection.n_layers} layers of {selection.n_units} {selection.unit}s, but {model.name} "
