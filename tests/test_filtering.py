@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+from command import call
 from tiny import FACTS, saved, tiny
 
 from workbench import cli
@@ -244,3 +245,12 @@ def test_the_command_refuses_before_it_opens_a_model(options, message: str, monk
         cli.main()
     assert end.value.code == 1
     assert message in capsys.readouterr().err
+
+
+def test_the_facts_of_the_user_are_not_written_over(tmp_path, monkeypatch, capsys) -> None:
+    mine = FACTS.save(tmp_path / "facts.jsonl")
+    before = mine.read_bytes()
+    arguments = ["filter", "--facts", mine, "--model", tmp_path / "none", "--out", mine]
+    assert call(monkeypatch, *arguments) == 1
+    assert "is the file of the facts themselves" in capsys.readouterr().err
+    assert mine.read_bytes() == before

@@ -29,7 +29,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, TrainingRun, Tr
 
 def test_an_adapter_against_itself_gives_zeros(runs) -> None:
     _, loki, _ = runs
-    for one in (loki, str(loki.adapter)):
+    for one in (loki, str(loki.adapter), str(loki.adapter.parent)):
         assert measure_drift(one, one, FACTS)["change"].eq(0).all()
         assert measure_forgetting(one, one, {"facts": FACTS})["change"].eq(0).all()
 
