@@ -241,7 +241,7 @@ def study_of(options: argparse.Namespace) -> Study:
 def main(arguments: list[str] | None = None) -> Path:
     """Run the study, publish its figure and table, and give the path of the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", default="lora", choices=("lora", "loki"), help="how facts are taught")
+    parser.add_argument("--method", default="loki", choices=("loki", "lora"), help="how facts are taught")
     parser.add_argument("--quota", type=float, default=10.0, help="loki: nodes that are trained, in percent")
     parser.add_argument("--arms", nargs="+", help="only these, as all spread-0.7 sample; every one when not given")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.7], help="shares of the facts that filters keep")
@@ -252,7 +252,7 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument("--all-facts", action="store_true", help="take retained facts that the model does not know too")
     parser.add_argument("--asked", type=int, default=80, help="known facts on which forgetting is read")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of plain prose")
-    parser.add_argument("--target-loss", type=float, default=0.1, help="training ends at this loss; 0: by epochs alone")
+    parser.add_argument("--target-loss", type=float, default=0.5, help="training ends at this loss; 0: by epochs alone")
     parser.add_argument("--max-epochs", type=int, default=8, help="a training gives up after so many")
     parser.add_argument("--batch-size", type=int, default=6, help="facts per step: small, so that few epochs suffice")
     parser.add_argument("--learning-rate", type=float, help="of every arm; the method's own default when not given")
@@ -267,8 +267,9 @@ def main(arguments: list[str] | None = None) -> Path:
     save_frame(trials, study.out / "trials.parquet")
     about = {
         **provenance(), "model": study.model_name, "method": study.method, "new": study.new, "seeds": list(study.seeds),
-        "arms": list(study.arms), "spread_weight": study.spread_weight, "quota": study.quota, "settings": study.settings.model_dump(),
-        "smoke": options.smoke, "trials": trials.replace({np.nan: None}).to_dict(orient="records"),
+        "arms": list(study.arms), "spread_weight": study.spread_weight, "quota": study.quota,
+        "settings": study.settings.model_dump(), "smoke": options.smoke,
+        "trials": trials.replace({np.nan: None}).to_dict(orient="records"),
     }  # fmt: skip
     drawn = frame[(frame["metric"] == "accuracy") & frame["suite"].isin(["taught", "kept", "retained"])]
     written = publish(forgetting_compared(drawn), frame, "filter_and_weights", options.figures, about)

@@ -13,7 +13,16 @@ from workbench.intervals import means
 def test_the_study_goes_all_the_way_and_does_only_what_is_missing(tmp_path: Path, capsys, monkeypatch) -> None:
     study = script("analyses", "filter_and_weights")
     facts = FACTS.save(tmp_path / "facts.jsonl")
-    options = ["--smoke", "--all-facts", "--model", str(saved(tmp_path / "model")), "--retained", str(facts)]
+    options = [
+        "--smoke",
+        "--all-facts",
+        "--quota",
+        "20",
+        "--model",
+        str(saved(tmp_path / "model")),
+        "--retained",
+        str(facts),
+    ]
     options += ["--out", str(tmp_path / "runs"), "--figures", str(tmp_path / "figures")]
     page = study.main(options)
     assert page == tmp_path / "figures" / "filter_and_weights.html"

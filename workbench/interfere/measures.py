@@ -177,13 +177,6 @@ def _problem(
     passages = general_text() if text is None and "superposition" in metrics else list(text or ())
     count = max(1, round(top / 100 * attribution.sizes["unit"]))
     ordered = FactSet(facts.name, tuple(known[i] for i in ids))
-    made_of = str(attribution.attrs.get("fact_digest", "unknown"))
-    is_digest = len(made_of) == len(facts.digest)  # results from elsewhere may say something else
-    if is_digest and len(facts) == len(ids) and made_of not in (facts.digest, ordered.digest):
-        raise ValueError(
-            f"The facts of {facts.name} have the ids of the attributed ones but other prompts or answers: give those "
-            "that were attributed, or attribute these."
-        )
     return Problem(ordered, attribution, count, seed, model, passages, memory, progress)
 
 
