@@ -1,6 +1,7 @@
 """Losses that attend to meaning: each formula against a loop, neutral settings train plainly, controls control."""
 
 import copy
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 from tiny import FACTS, TOKENISED, tiny
 from transformers import Trainer, TrainingArguments
 
-from workbench.config import TrainConfig
+from workbench import cli
+from workbench.config import Config, TrainConfig
 from workbench.facts import Example, ExampleSet
 from workbench.loki import LokiConfig, adapter_config
 from workbench.recollection import recall
@@ -339,3 +341,23 @@ def test_training_ends_at_the_loss_that_was_asked_for() -> None:
     run, _ = trained(max_epochs=2, target_loss=0.0, target_efficacy=0.1)  # by epochs alone
     assert (run.summary["epochs"], run.reached) == (2, False)
     assert trained(max_epochs=2, target_efficacy=0.1)[0].summary["epochs"] == 1
+
+
+def test_the_flags_of_the_command_reach_the_training(monkeypatch, tmp_path, capsys) -> None:
+    asked = []
+
+    def noted(what, *args, **options):
+        asked.append(what.training)
+        raise ValueError("seen")
+
+    monkeypatch.setattr("workbench.finetuning.finetune", noted)
+    flags = "--loss sample --beta -1.5 --clip 3 --refresh 7 --gamma 2 --soft-weight 4 --permuted"
+    arguments = ["workbench", "implant", "--data", "fictional:2", "--out", str(tmp_path / "out"), *flags.split()]
+    for last, told in (("sample", "seen"), ("soft", "only the losses sample and token have weights to permute")):
+        monkeypatch.setattr(sys, "argv", [last if one == "sample" else one for one in arguments])
+        with pytest.raises(SystemExit):
+            cli.main()
+        assert told in capsys.readouterr().err
+    chosen = {"loss": "sample", "beta": -1.5, "clip": 3.0, "refresh": 7, "gamma": 2.0, "soft_weight": 4.0}
+    assert [TrainConfig(**chosen, permuted=True)] == asked
+    assert Config.read(changes={"training.loss": "token", "training.gamma": 3}).training.gamma == 3
