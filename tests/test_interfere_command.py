@@ -2,30 +2,21 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
+from command import call
 from scripts import script
 from tiny import FACTS, saved
 
-from workbench import cli, figures
+from workbench import figures
 from workbench.attribution import attribute
 from workbench.interfere import METRICS, interference, within_across
 from workbench.models import load_model
 from workbench.results import open_result, save_result
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["workbench", *map(str, arguments)])
-    try:
-        cli.main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
 
 
 def test_the_command_equals_the_function_and_refuses_first(tmp_path: Path, monkeypatch, capsys) -> None:

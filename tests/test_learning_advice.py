@@ -9,12 +9,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
+from command import call
 from test_learning_predicts import harms, measured, planted
 from test_selection import dataset, distinct
 from test_selection_aware import collisions
 from tiny import FACTS, saved, tiny
 
-from workbench import cli, figures
+from workbench import figures
 from workbench.learning import behaviour, harm, layer_advice, predicts, quotas, verdict
 from workbench.results import open_result, open_store, save_result
 from workbench.selection import select
@@ -143,15 +144,6 @@ def test_the_advice_is_drawn_by_layer() -> None:
 
 
 # Commands
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["workbench", *map(str, arguments)])
-    try:
-        cli.main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
 
 
 def test_commands_say_what_the_functions_say(
