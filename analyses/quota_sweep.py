@@ -100,15 +100,16 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
     if not options.smoke:
         return {
             "model": options.model,
+            "retained": options.retained,
             "implanted": options.implanted,
             "attribution.max_facts": options.max_facts,
             "training.max_epochs": options.max_epochs,
         }
-    few = wb.load_facts("world").filter(relations=["capital"]).sample(8, seed=0)
+    few = {"retained": wb.load_facts(options.retained).at_most(20, seed=0),
+           "implanted": wb.load_facts(options.implanted)[:2]}  # fmt: skip
     return {
         "model": options.model,
-        "retained": str(few.save(options.out / "retained.jsonl")),
-        "implanted": "fictional:2",
+        **{name: str(facts.save(options.out / f"{name}.jsonl")) for name, facts in few.items()},
         "attribution.max_facts": 4,
         "attribution.steps": 1,
         "training.max_epochs": 2,
@@ -122,6 +123,7 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument("--quotas", type=float, nargs="+", default=[1, 5, 10, 30], help="trained nodes in percent")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--model", default="smollm2-135m", help="default's name, folder, .gguf file or hub id")
+    parser.add_argument("--retained", default="world", help="facts of which those that the model knows are to stay")
     parser.add_argument("--implanted", default="fictional:30", help="facts that are taught")
     parser.add_argument("--max-facts", type=int, default=30, help="known facts that are attributed")
     parser.add_argument("--max-epochs", type=int, default=60, help="a run gives up after so many")
@@ -132,7 +134,8 @@ def main(arguments: list[str] | None = None) -> Path:
     quotas, seeds = ((5.0, 20.0), (0,)) if options.smoke else (tuple(options.quotas), tuple(options.seeds))
     sweep = Sweep(options.out, quotas, seeds, settings(options))
     frame = sweep_quotas(sweep)
-    shared = {name: value for name, value in sweep.settings.items() if name != "retained"}
+    unnamed = ("retained", "implanted") if options.smoke else ()  # files of its own
+    shared = {name: value for name, value in sweep.settings.items() if name not in unnamed}
     about = {**provenance(), "quotas": list(quotas), "seeds": list(seeds), "settings": shared, "smoke": options.smoke}
     drawn = panels(frame)
     written = publish(quota_curves(drawn), frame, "quota_sweep", options.figures, about)

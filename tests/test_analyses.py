@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import xarray as xr
 from scripts import HOME, script
-from tiny import FACTS, saved
+from tiny import FACTS, inputs_of_a_run, saved
 
 from workbench.attribution import attribute
 from workbench.models import load_model
@@ -70,10 +70,11 @@ def test_panels_are_means_and_ranges_over_seeds() -> None:
     assert drawn.index[0] == "taught facts answered (share)"
 
 
-@pytest.mark.real
 def test_quota_sweep_runs_shares_what_it_can_and_publishes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = script("analyses", "quota_sweep")
+    given = inputs_of_a_run(tmp_path)
     options = ["--smoke", "--out", str(tmp_path / "runs"), "--figures", str(tmp_path / "figures")]
+    options += [word for name in ("model", "retained", "implanted") for word in (f"--{name}", given[name])]
     page = sweep.main(options)
     assert page == tmp_path / "figures" / "quota_sweep.html"
     assert "plotly" in page.read_text(encoding="utf-8")
@@ -84,15 +85,16 @@ def test_quota_sweep_runs_shares_what_it_can_and_publishes(tmp_path: Path, capsy
     assert set(frame["seed"]) == {0}
     assert {"efficacy", "retained", "general"} <= set(frame["suite"])
     assert frame[["before", "after", "change", "low", "high", "epochs"]].notna().all().all()
-    nodes = {quota: int(30 * (576 * quota // 100)) for quota in (5, 20)}  # floor(q D / 100) in each of 30 layers
+    nodes = {quota: 3 * (32 * quota // 100) for quota in (5, 20)}  # floor(q D / 100) in each of 3 layers
     sizes = frame.groupby(["method", "quota"])["trainable_parameters"].unique()
     for (_, quota), size in sizes.items():
-        assert size.tolist() == [nodes[quota] * 1536]
+        assert size.tolist() == [nodes[quota] * 40]
     about = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
     assert about["quotas"] == [5, 20]
     assert about["smoke"] is True
     assert about["packages"]["torch"]
-    assert str(tmp_path) not in page.with_suffix(".json").read_text(encoding="utf-8")
+    assert about["settings"]["model"] == given["model"]
+    assert "retained" not in about["settings"]
     runs = sorted(path.name for path in (tmp_path / "runs").glob("quota*"))
     assert runs == ["quota20-seed0", "quota5-seed0"]
     logs = [(tmp_path / "runs" / name / "log.txt").read_text(encoding="utf-8") for name in runs]

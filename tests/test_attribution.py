@@ -37,15 +37,16 @@ def loop(model, facts, unit, steps, scope="last"):
     """Integrated gradients by one hooked forward and backward per fact, layer and step."""
     scores = np.zeros((len(facts), model.n_layers, model.width(unit)))
     for row, fact in enumerate(facts.tokenise(model.tokenizer)):
+        last = len(fact.prompt_ids) - 1
+        moved = slice(last if scope == "last" else 0, last + 1)
+        seen = []  # in the order of the layers
+        keep = lambda value, seen=seen: seen.append(value) or value  # noqa: E731
+        with model.patched(unit, dict.fromkeys(range(model.n_layers), keep)):
+            model.logits(torch.tensor([fact.ids[:-1]]))
         for layer in range(model.n_layers):
-            last = len(fact.prompt_ids) - 1
-            seen = []
-            with model.patched(unit, {layer: lambda value, seen=seen: seen.append(value) or value}):
-                model.logits(torch.tensor([fact.ids[:-1]]))
-            moved = slice(last if scope == "last" else 0, last + 1)
             for k in range(steps):
                 _, gradient = naive(model, fact, unit, layer, (k + 0.5) / steps, scope, logprob)
-                scores[row, layer] += (seen[0][0, moved] * gradient / steps).sum(0).numpy()
+                scores[row, layer] += (seen[layer][0, moved] * gradient / steps).sum(0).numpy()
     return scores
 
 

@@ -54,11 +54,11 @@ def test_loki_code_equals_captum_on_the_default_model() -> None:
     facts = load_facts("world").filter(where=lambda fact: len(fact.prompt.split()) <= 5)[:1]
     ours = run(model, facts, method="loki-code")["score"].values[0]
     (fact,) = facts.tokenise(model.tokenizer)
-    layers = [0, 7, 29]  # Captum is slow: a short prompt, the first layer, one amid and the last
+    layers = [0, 29]  # Captum is slow: a short prompt, the first layer and the last
     theirs = captum(model, torch.tensor([fact.prompt_ids]), layers=layers)
     scale = np.abs(ours).max()
     assert np.abs(ours[layers] - theirs).max() <= 1e-6 * scale
-    assert np.abs(ours[[1, 8, 28]] - theirs).max() > 1e-3 * scale  # negative control: other layers
+    assert np.abs(ours[[1, 28]] - theirs).max() > 1e-3 * scale  # negative control: other layers
 
 
 @pytest.mark.real
@@ -66,7 +66,7 @@ def test_batches_change_nothing_on_the_default_model_in_float64() -> None:
     """In float32 rounding makes a few 1e-6 of it, and lets the adaptive rule take another step now and then."""
     model = load_model("smollm2-135m", dtype="float64")
     facts = load_facts("world").filter(relations=["capital", "animal_young"]).sample(2, seed=1)
-    together, alone = (run(model, facts, batch_size=size, steps=3)["score"].values for size in (2, 1))
+    together, alone = (run(model, facts, batch_size=size, steps=2)["score"].values for size in (2, 1))
     for one, other in zip(together, alone, strict=True):
         assert worst(one, other) <= 1e-6  # measured: at most 1e-7, what float32 keeps of a stored score
     assert worst(together[0], alone[1]) > 0.1  # negative control: another fact

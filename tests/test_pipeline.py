@@ -6,14 +6,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from tiny import FACTS, WORDS, saved
+from tiny import FACTS, inputs_of_a_run
 
 import workbench as wb
 from workbench import pipeline
 from workbench.config import Config
 from workbench.facts import FactSet
-from workbench.models import load_model
-from workbench.recollection import recall
 from workbench.results import load_frame, open_result
 from workbench.selection import Selection
 
@@ -25,25 +23,7 @@ WORK = ["recall", "attribute", "interference", "select", "implant", "measure_dri
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A model in a folder, facts of which it knows some, and facts to teach it."""
-    folder = tmp_path_factory.mktemp("inputs")
-    model = load_model(str(saved(folder / "model")))
-    prompts = [f"the {a} of {b} is" for a in ("capital", "city", "symbol") for b in WORDS[9:17]]
-    facts = [{"id": p, "relation": p.split()[1], "prompt": p, "answer": "Paris"} for p in prompts if "Paris" not in p]
-    said = recall(model, FactSet.from_records(facts))["predicted"]
-    known = [
-        fact | ({"answer": said[fact["id"]], "answer_in_prompt": True} if number % 4 else {})
-        for number, fact in enumerate(facts)
-        if said[fact["id"]].strip()
-    ]
-    (folder / "text.txt").write_text("\n\n".join(" ".join(WORDS[4:30]) for _ in range(3)), encoding="utf-8")
-    retained = FactSet.from_records(known).save(folder / "retained.jsonl")
-    taught = FACTS.save(folder / "taught.jsonl")
-    return {
-        "model": str(folder / "model"),
-        "retained": str(retained),
-        "implanted": str(taught),
-        "text": str(folder / "text.txt"),
-    }
+    return inputs_of_a_run(tmp_path_factory.mktemp("inputs"))
 
 
 def config(inputs: dict[str, str], out: Path, **changes) -> Config:

@@ -1,6 +1,7 @@
 """Tiny random models of many architectures, and small fact sets, for tests that must be quick."""
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from workbench.facts import FactSet, TokenisedFact
 from workbench.models import HookedModel, load_model
+from workbench.recollection import recall
 
 WORDS = (
     "<pad> <s> </s> <unk> the capital of France is Paris Japan Tokyo Kenya Nairobi gold symbol Au in a "
@@ -123,3 +125,23 @@ FACTS = FactSet.from_records(
     ],
     name="tiny",
 )  # fmt: skip
+
+
+def inputs_of_a_run(folder: Path) -> dict[str, str]:
+    """A model in a folder, facts of which it knows some, facts to teach it, and text: what a run is given."""
+    model = load_model(str(saved(folder / "model")))
+    prompts = [f"the {a} of {b} is" for a in ("capital", "city", "symbol") for b in WORDS[9:17]]
+    facts = [{"id": p, "relation": p.split()[1], "prompt": p, "answer": "Paris"} for p in prompts if "Paris" not in p]
+    said = recall(model, FactSet.from_records(facts))["predicted"]
+    known = [
+        fact | ({"answer": said[fact["id"]], "answer_in_prompt": True} if number % 4 else {})
+        for number, fact in enumerate(facts)
+        if said[fact["id"]].strip()
+    ]
+    (folder / "text.txt").write_text("\n\n".join(" ".join(WORDS[4:30]) for _ in range(3)), encoding="utf-8")
+    return {
+        "model": str(folder / "model"),
+        "retained": str(FactSet.from_records(known).save(folder / "retained.jsonl")),
+        "implanted": str(FACTS.save(folder / "taught.jsonl")),
+        "text": str(folder / "text.txt"),
+    }

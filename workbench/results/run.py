@@ -1,6 +1,7 @@
 """A run is a folder: its files, which of its stages are done and with what settings, and what it ran on."""
 
 import contextlib
+import functools
 import importlib.metadata
 import os
 import platform
@@ -99,6 +100,7 @@ def provenance() -> dict[str, Any]:
     }
 
 
+@functools.cache
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
