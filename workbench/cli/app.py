@@ -3,8 +3,9 @@
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 from cyclopts.validators import Number
@@ -17,7 +18,7 @@ app = App(
     result_action="return_value",
 )
 
-Model = Annotated[str, Parameter(help="default's name, folder of safetensors, .gguf file or hub id")]
+Model = Annotated[str, Parameter(help="default's name, folder of safetensors or of an adapter, .gguf file or hub id")]
 Facts = Annotated[str, Parameter(help="world, fictional, fictional:N:SEED, or a file or folder of facts")]
 Out = Annotated[Path | None, Parameter(help="where to write the result")]
 Chat = Annotated[bool, Parameter(name="--chat", negative="", help="ask through the chat template, as LoKI does")]
@@ -26,7 +27,28 @@ Count = Annotated[int | None, Parameter(validator=Number(gte=1))]
 Draws = Annotated[int, Parameter(validator=Number(gte=1))]
 KnownOnly = Annotated[bool, Parameter(help="only the facts that the model answers")]
 Quiet = Annotated[bool, Parameter(name=["--quiet", "-q"], negative="", help="no progress bars")]
+Sample = Annotated[
+    int | None,
+    Parameter(
+        name=["--sample", "--limit"], help="at most so many facts, drawn by --seed", validator=Number(gte=1)
+    ),
+]  # fmt: skip
 FORMATS = ("auto", "native", "csv", "lre", "pararel", "counterfact", "counterfact-new", "mmlu", "mmlu-loki")
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Asked:
+    """How facts are read and asked, which of them, and where the model runs: options of every command about facts."""
+
+    format: Annotated[Literal[FORMATS], Parameter(help="how the file of facts is written")] = "auto"  # type: ignore[valid-type]
+    chat: Chat = False
+    known_only: KnownOnly = False
+    sample: Sample = None
+    seed: Seed = 0
+    device: Annotated[str, Parameter(help="auto, cpu, cuda or mps")] = "auto"
+    dtype: Annotated[str, Parameter(help="auto, float32, bfloat16, float16 or float64")] = "auto"
+    quiet: Quiet = False
 
 
 def show(frame: Any) -> None:
@@ -74,29 +96,30 @@ def known_among(model: Any, facts: Any, quiet: bool) -> Any:
     return facts.filter(ids=known)
 
 
-def model_and_facts(
-    model: str,
-    facts: str,
-    *,
-    format: str = "auto",
-    chat: bool = False,
-    known_only: bool = False,
-    sample: int | None = None,
-    seed: int = 0,
-    device: str = "auto",
-    dtype: str = "auto",
-    quiet: bool = False,
-) -> tuple[Any, Any]:
+def model_and_facts(model: str, facts: str, asked: Asked) -> tuple[Any, Any]:
     """The model, and the facts to ask it: through its chat template, those it knows, so many drawn by seed, if wished.
 
     Facts are read before the model is opened, so that what is wrong with them shows at once.
     """
     from workbench.facts import load_facts
 
-    chosen = load_facts(facts, format=format)
-    from workbench.models import load_model
+    chosen = load_facts(facts, format=asked.format)
+    from workbench.opening import open_model
 
-    opened = load_model(model, device=device, dtype=dtype)
-    chosen = chosen.as_chat(opened.tokenizer) if chat else chosen
-    chosen = known_among(opened, chosen, quiet) if known_only else chosen
-    return opened, chosen.at_most(sample, seed)
+    opened = open_model(model, device=asked.device, dtype=asked.dtype)
+    return opened, narrowed(opened, chosen, asked)
+
+
+def two_models_and_facts(before: str, after: str, facts: str, asked: Asked) -> tuple[Any, Any, Any]:
+    """Two models, and the facts to ask both: which are known, and the chat template, are those of the first."""
+    from workbench.opening import open_model
+
+    first, chosen = model_and_facts(before, facts, asked)
+    return first, open_model(after, beside=first, device=asked.device, dtype=asked.dtype), chosen
+
+
+def narrowed(model: Any, facts: Any, asked: Asked) -> Any:
+    """The facts as they are to be asked: as chats, those that the model answers, a sample of them."""
+    facts = facts.as_chat(model.tokenizer) if asked.chat else facts
+    facts = known_among(model, facts, asked.quiet) if asked.known_only else facts
+    return facts.at_most(asked.sample, asked.seed)

@@ -5,7 +5,20 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from workbench.cli.app import Count, Facts, Model, Out, Quiet, Seed, app, check_table, show, write_table
+from workbench.cli.app import (
+    Asked,
+    Count,
+    Facts,
+    Model,
+    Out,
+    Quiet,
+    Seed,
+    app,
+    check_table,
+    show,
+    two_models_and_facts,
+    write_table,
+)
 
 Tasks = Annotated[
     str, Parameter(help="tasks of lm-eval, separated by commas; shipped: the four that need no network; none")
@@ -19,29 +32,27 @@ def forgetting_command(
     *,
     facts: Facts = "world",
     tasks: Tasks = "auto",
-    limit: Annotated[Count, Parameter(help="at most so many facts, and items of each task")] = None,
     max_tokens: Annotated[int, Parameter(help="tokens of the shipped general text")] = 3000,
-    seed: Seed = 0,
     out: Out = None,
-    quiet: Quiet = False,
+    asked: Asked = Asked(),
 ) -> None:
     """Compare what two models answer (facts, tasks) and how well they predict plain prose (perplexity, KL).
 
     Prints the means with 95% intervals, answers lost and gained with McNemar's exact p (q: corrected for their number),
     and LoKI's average loss over the tasks. Without --tasks the shipped tasks are read where lm-eval is installed.
-    --out keeps the score of every single fact, text and item.
+    --limit goes for the items of each task too. --out keeps the score of every single fact, text and item.
     """
-    from workbench.facts import general_text, load_facts
-
-    suites: dict[str, Any] = {"facts": load_facts(facts).at_most(limit, seed), "general": general_text()}
     check_table(out)
-    from workbench.forgetting import measure_forgetting, paired
+    from workbench.facts import general_text
+    from workbench.forgetting import find_tasks, measure_forgetting, paired
 
-    chosen = _tasks(tasks)
-    frame = measure_forgetting(
-        before, after, suites, tasks=chosen, limit=limit, max_tokens=max_tokens, progress=not quiet
-    )
-    table = paired(frame, seed=seed)
+    options: dict[str, Any] = {"tasks": _tasks(tasks), "limit": asked.sample, "max_tokens": max_tokens}
+    if options["tasks"]:
+        find_tasks(options["tasks"])
+    first, second, chosen = two_models_and_facts(before, after, facts, asked)
+    suites: dict[str, Any] = {"facts": chosen, "general": general_text()}
+    frame = measure_forgetting(first, second, suites, **options, progress=not asked.quiet)
+    table = paired(frame, seed=asked.seed)
     show(table.drop(columns=["before_low", "before_high", "after_low", "after_high", "draws", "seed"]))
     _show_average(table[~table["suite"].isin(suites)])
     write_table(frame, out)

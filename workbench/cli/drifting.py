@@ -6,14 +6,24 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from workbench.cli.app import Facts, Model, Out, Quiet, Seed, app, check_table, show, write_table
+from workbench.cli.app import (
+    Asked,
+    Facts,
+    Model,
+    Out,
+    app,
+    check_table,
+    model_and_facts,
+    show,
+    two_models_and_facts,
+    write_table,
+)
 
 Anchor = Annotated[
     Literal["unembedding", "stated", "centroid"],
     Parameter(help="target of the metrics per layer: the answer's unembedding, the state when the fact is stated, or "
     "the mean state of the answer over the fact's wordings"),
 ]  # fmt: skip
-Limit = Annotated[int | None, Parameter(help="at most so many facts, drawn with --seed", validator=Number(gte=1))]
 Several = Parameter(consume_multiple=True, negative="")
 
 
@@ -25,20 +35,18 @@ def distance_command(
     metrics: Annotated[list[Literal["d_emb", "d_soft", "d_layer"]] | None, Several] = None,
     anchor: Anchor = "unembedding",
     base: Annotated[str | None, Parameter(help="the model whose embedding and anchors count; default: itself")] = None,
-    limit: Limit = None,
-    seed: Seed = 0,
     out: Out = None,
-    quiet: Quiet = False,
+    asked: Asked = Asked(),
 ) -> None:
     """Score how far every fact is from its semantic target in one model: its answers, and its states per layer."""
-    from workbench.facts import load_facts
-
     check_table(out)
-    chosen = load_facts(facts).at_most(limit, seed)
+    opened, chosen = model_and_facts(model, facts, asked)
     from workbench.semantics import DISTANCES, distance_summary, semantic_distance
 
-    asked = metrics or DISTANCES
-    frame = semantic_distance(model, chosen, metrics=asked, anchor=anchor, base=base, progress=not quiet)
+    options: dict[str, Any] = {"metrics": metrics or DISTANCES, "anchor": anchor, "base": base}
+    frame = semantic_distance(opened, chosen, **options, progress=not asked.quiet)
+    if dropped := frame.attrs["dropped"]:
+        print(f"d_layer leaves out {dropped} of {len(chosen)} facts: the model does not confirm their anchor.")
     show(distance_summary(frame))
     write_table(frame, out)
 
@@ -53,35 +61,28 @@ def drift_command(
     anchor: Anchor = "unembedding",
     floor: Annotated[bool, Parameter(help="share of facts pushed away by more than wording does")] = True,
     similar: Annotated[bool, Parameter(help="CKA and RSA of the two models per layer")] = True,
-    limit: Limit = None,
-    seed: Seed = 0,
     out: Out = None,
-    quiet: Quiet = False,
+    asked: Asked = Asked(),
 ) -> None:
     """Score how far every fact moved from its semantic target between two models (names, folders or adapters)."""
-    from workbench.facts import load_facts
-
     check_table(out)
-    chosen = load_facts(facts).at_most(limit, seed)
-    from workbench.opening import open_model
+    first, second, chosen = two_models_and_facts(before, after, facts, asked)
     from workbench.reporting import tables
     from workbench.semantics import DISTANCES, METRICS, measure_drift, noise_floor, pushed_away, similarity
 
-    first = open_model(before)
-    second = open_model(after, beside=first)
-    asked = metrics or METRICS
-    frame = measure_drift(first, second, chosen, metrics=asked, anchor=anchor, progress=not quiet)
+    wanted = metrics or METRICS
+    frame = measure_drift(first, second, chosen, metrics=wanted, anchor=anchor, progress=not asked.quiet)
     write_table(frame, out)
     summary = tables.drift_summary(frame.assign(method="after", group="facts"))
     show(summary.drop(columns=["method", "group"]))
-    floored = [metric for metric in DISTANCES if metric in asked]
+    floored = [metric for metric in DISTANCES if metric in wanted]
     if floor and floored and any(fact.paraphrases for fact in chosen):
         print("\nPushed away: facts whose distance grew by more than the 95th percentile of what other words do")
-        noise = noise_floor(first, chosen, metrics=floored, anchor=anchor, progress=not quiet)
+        noise = noise_floor(first, chosen, metrics=floored, anchor=anchor, progress=not asked.quiet)
         show(pushed_away(frame, noise))
     if similar and len(chosen) > 2:
         print("\nHow alike the two models hold these facts (1: up to a rotation and a scale)")
-        show(similarity(first, second, chosen, seed=seed, progress=not quiet))
+        show(similarity(first, second, chosen, seed=asked.seed, progress=not asked.quiet))
 
 
 @app.command(name="blame")
@@ -98,19 +99,16 @@ def blame_command(
     ] = None,
     share: Annotated[float, Parameter(help="of a layer's trained units that a fact leans on")] = 0.25,
     draws: Annotated[int, Parameter(help="draws of matched units", validator=Number(gte=1))] = 5,
-    limit: Limit = None,
-    seed: Seed = 0,
     out: Out = None,
-    quiet: Quiet = False,
+    asked: Asked = Asked(),
 ) -> None:
     """Revert the trained units of each layer and measure how much of the facts' drift comes back."""
-    from workbench.facts import load_facts
-
     check_table(out)
-    chosen = load_facts(facts).at_most(limit, seed)
     from workbench.results import open_result
 
     scores = None if attribution is None else open_result(attribution, kind="attribution")
+    units = None if selection is None else _units(selection, scores)
+    first, second, chosen = two_models_and_facts(before, after, facts, asked)
     if scores is not None:
         there = {str(i) for i in scores["fact"].values}
         shared = [one for one in chosen.ids if one in there]
@@ -119,14 +117,12 @@ def blame_command(
         if len(shared) < len(chosen):
             print(f"{len(shared)} of the {len(chosen)} facts are in the attribution, and only those are read.")
         chosen = chosen.filter(ids=shared)
-    units = None if selection is None else _units(selection, scores)
     from workbench.semantics import attribute_drift, drift_shares
 
-    frame = attribute_drift(
-        before, after, chosen, scores, units, share=share, draws=draws, seed=seed, progress=not quiet
-    )
+    options: dict[str, Any] = {"share": share, "draws": draws, "seed": asked.seed, "progress": not asked.quiet}
+    frame = attribute_drift(first, second, chosen, scores, units, **options)
     write_table(frame, out)
-    show(drift_shares(frame, seed=seed))
+    show(drift_shares(frame, seed=asked.seed))
 
 
 def _units(path: Path, scores: Any) -> Any:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from workbench.cli.app import Facts, Model, Quiet, Seed, app, model_and_facts, show
+from workbench.cli.app import Asked, Facts, Model, app, model_and_facts, show
 
 
 @app.command(name="filter")
@@ -21,10 +21,7 @@ def filter_command(
     low: Annotated[
         float | None, Parameter(help="band: the quantile where it starts; the middle when not given")
     ] = None,
-    seed: Seed = 0,
-    device: str = "auto",
-    dtype: str = "auto",
-    quiet: Quiet = False,
+    asked: Asked = Asked(),
 ) -> None:
     """Keep the facts that a rule chooses by how far the model is from their meaning before training.
 
@@ -44,17 +41,17 @@ def filter_command(
     from workbench.filtering import check_options, filter_facts, filtered, target_embeddings
 
     check_options(rule, share, weight, low)
-    opened, chosen = model_and_facts(model, facts, device=device, dtype=dtype, quiet=quiet)
+    opened, chosen = model_and_facts(model, facts, asked)
     from workbench.recollection import recall
     from workbench.semantics import semantic_distance
 
-    options: dict[str, Any] = {"metric": metric, "weight": weight, "low": low, "seed": seed, "facts": chosen}
+    options: dict[str, Any] = {"metric": metric, "weight": weight, "low": low, "seed": asked.seed, "facts": chosen}
     if rule == "near_diverse":
         options["embeddings"] = target_embeddings(opened, chosen)
     if rule == "loss":
-        read = recall(opened, chosen, progress=not quiet)
+        read = recall(opened, chosen, progress=not asked.quiet)
         options["loss"] = -read["logprob"] / read["n_tokens"]
-    distance = semantic_distance(opened, chosen, metrics=(metric,), progress=not quiet)
+    distance = semantic_distance(opened, chosen, metrics=(metric,), progress=not asked.quiet)
     kept = filter_facts(distance, rule=rule, keep=share, **options)
     table = filtered(distance, rule=rule, keep=share, **options)
     show(

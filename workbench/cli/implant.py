@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from workbench.cli.app import FORMATS, Count, Model, Quiet, Seed, app
+from workbench.cli.app import FORMATS, Count, Quiet, Seed, app
 from workbench.config import Config
 
 
@@ -17,7 +17,9 @@ def implant_command(
     *,
     data: Annotated[str, Parameter(help="what to teach: a file of prompts and completions, of chats, or of facts")],
     out: Annotated[Path, Parameter(help="the folder to write; a second start goes on where the first stopped")],
-    model: Model = "smollm2-135m",
+    model: Annotated[
+        str, Parameter(help="default's name, folder of safetensors, .gguf file or hub id")
+    ] = "smollm2-135m",
     method: Annotated[str, Parameter(help="loki, lora, rslora, dora, pissa, full, ...")] = "loki",
     quota: Annotated[float, Parameter(help="loki: percent of the units of every layer that is trained")] = 10.0,
     strategy: Annotated[str, Parameter(help="loki: how the units are selected")] = "layer_balanced",

@@ -1,5 +1,6 @@
 """How facts collide, layer by layer: `interference`."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -7,16 +8,12 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 
 from workbench.cli.app import (
-    FORMATS,
-    Chat,
+    Asked,
     Facts,
-    KnownOnly,
     Model,
-    Quiet,
-    Seed,
     app,
-    known_among,
     model_and_facts,
+    narrowed,
     show,
     write_table,
 )
@@ -32,12 +29,6 @@ def interference_command(
     out: Annotated[Path | None, Parameter(help="result (.zarr), or the table by layer (.csv, .parquet)")] = None,
     facts: Facts = "world",
     model: Model = "smollm2-135m",
-    format: Literal[FORMATS] = "auto",  # type: ignore[valid-type]
-    chat: Chat = False,
-    known_only: KnownOnly = False,
-    sample: Annotated[
-        int | None, Parameter(help="only so many facts, drawn by --seed", validator=Number(gte=2))
-    ] = None,
     metrics: Annotated[
         tuple[str, ...],
         Parameter(consume_multiple=True, negative="", help="cosine, jaccard, superposition, gradient, suppression"),
@@ -54,10 +45,7 @@ def interference_command(
     ] = 999,
     text: Annotated[str, Parameter(help="general, or a text file of passages, for superposition")] = "general",
     memory: Annotated[float | None, Parameter(help="GiB beside the model; half of what is free")] = None,
-    seed: Seed = 0,
-    device: str = "auto",
-    dtype: str = "auto",
-    quiet: Quiet = False,
+    asked: Asked = Asked(),
 ) -> None:
     """Measure how much every two facts interfere in every layer: within a relation against across, and by meaning.
 
@@ -76,24 +64,23 @@ def interference_command(
     from workbench.interfere import checked_metrics, conflict_rates, interference, key_statistics, within_across
 
     checked_metrics(names, top, permutations, memory)
-    opened, chosen = model_and_facts(model, facts, format=format, chat=chat, device=device, dtype=dtype, quiet=quiet)
+    opened, chosen = model_and_facts(model, facts, replace(asked, known_only=False, sample=None))
     if scores is not None:
         check_made_with(scores, opened.digest, opened.name)
         chosen = _attributed(chosen, scores)
-    chosen = known_among(opened, chosen, quiet) if known_only else chosen
-    chosen = chosen.at_most(sample, seed)
+    chosen = narrowed(opened, chosen, replace(asked, chat=False))
     if len(chosen) < 2:
         raise ValueError(f"Interference needs at least 2 facts, and there is {len(chosen)}: choose more facts.")
     if scores is None:
         from workbench.attribution import attribute
 
         scores = attribute(
-            opened, chosen, method="grad_x_act", unit=unit or "node", memory=memory, progress=not quiet
+            opened, chosen, method="grad_x_act", unit=unit or "node", memory=memory, progress=not asked.quiet
         )  # fmt: skip
     else:
         scores = scores.sel(fact=list(chosen.ids))
     options: dict[str, Any] = {"metrics": names, "top": top, "permutations": permutations, "text": passages}
-    result = interference(opened, chosen, scores, **options, seed=seed, memory=memory, progress=not quiet)
+    result = interference(opened, chosen, scores, **options, seed=asked.seed, memory=memory, progress=not asked.quiet)
     table = within_across(result)
     if out is not None and out.suffix == ".zarr":
         print(save_result(result, out, kind="interference"))

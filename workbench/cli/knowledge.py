@@ -6,15 +6,11 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from workbench.cli.app import (
-    FORMATS,
-    Chat,
+    Asked,
     Count,
     Facts,
-    KnownOnly,
     Model,
     Out,
-    Quiet,
-    Seed,
     app,
     check_table,
     model_and_facts,
@@ -28,19 +24,15 @@ def recall_command(
     *,
     facts: Facts = "world",
     model: Model = "smollm2-135m",
-    format: Literal[FORMATS] = "auto",  # type: ignore[valid-type]
-    chat: Chat = False,
     out: Out = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    quiet: Quiet = False,
+    asked: Asked = Asked(),
 ) -> None:
     """Ask the model every fact and say which it knows, by relation; --out keeps the table (.csv or .parquet)."""
     check_table(out)
-    opened, chosen = model_and_facts(model, facts, format=format, chat=chat, device=device, dtype=dtype)
+    opened, chosen = model_and_facts(model, facts, asked)
     from workbench.recollection import by_relation, recall
 
-    frame = recall(opened, chosen, progress=not quiet)
+    frame = recall(opened, chosen, progress=not asked.quiet)
     show(by_relation(frame))
     known = int(frame["known"].sum())
     print(f"{known} of {len(frame)} facts known ({known / len(frame):.0%})")
@@ -58,8 +50,6 @@ def attribute_command(
     ] = False,
     facts: Facts = "world",
     model: Model = "smollm2-135m",
-    format: Literal[FORMATS] = "auto",  # type: ignore[valid-type]
-    chat: Chat = False,
     method: str = "ig",
     unit: Literal["node", "neuron"] = "node",
     steps: int | None = None,
@@ -69,24 +59,18 @@ def attribute_command(
     objective: str = "logprob",
     target: str = "gold",
     tolerance: Annotated[float, Parameter(help="of adaptive steps: the gap, as a share of a layer's effect")] = 0.05,
-    seed: Seed = 0,
     memory: Annotated[float | None, Parameter(help="GiB that a pass may take; half of what is free")] = None,
     batch_size: Count = None,
     resume: bool = True,
-    known_only: KnownOnly = False,
-    device: str = "auto",
-    dtype: str = "auto",
-    quiet: Quiet = False,
+    asked: Asked = Asked(),
 ) -> None:
     """Score how much every FFN unit of every layer contributes to every fact."""
     if out is None and not plan:
         raise ValueError("Give --out, the folder to write to, or --plan to see what it would take.")
     from workbench.attribution import attribute, checked_settings
 
-    checked_settings(method, unit, steps, rule, baseline, scope, objective, target, tolerance, seed)
-    opened, chosen = model_and_facts(
-        model, facts, format=format, chat=chat, known_only=known_only, device=device, dtype=dtype, quiet=quiet
-    )
+    checked_settings(method, unit, steps, rule, baseline, scope, objective, target, tolerance, asked.seed)
+    opened, chosen = model_and_facts(model, facts, asked)
     options: dict[str, Any] = {
         "method": method,
         "unit": unit,
@@ -97,7 +81,7 @@ def attribute_command(
         "objective": objective,
         "target": target,
         "tolerance": tolerance,
-        "seed": seed,
+        "seed": asked.seed,
         "memory": memory,
         "batch_size": "auto" if batch_size is None else batch_size,
         "out": out,
@@ -108,5 +92,5 @@ def attribute_command(
 
         print(planned(opened, chosen, **options))
         return
-    ds = attribute(opened, chosen, **options, progress=not quiet)
+    ds = attribute(opened, chosen, **options, progress=not asked.quiet)
     print(f"{ds.sizes['fact']} facts, {ds.sizes['layer']} layers, {ds.sizes['unit']} {unit}s a layer: {out}")

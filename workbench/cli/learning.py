@@ -1,23 +1,23 @@
 """What learning one fact does to others: `harm`, `behaviour`, `predict`, `advise`."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
 from workbench.cli.app import (
-    FORMATS,
-    Chat,
+    Asked,
     Draws,
     Facts,
     Model,
     Out,
-    Quiet,
     Seed,
     app,
     check_table,
     model_and_facts,
+    narrowed,
     show,
     write_table,
 )
@@ -27,7 +27,6 @@ Rate = Annotated[float | None, Parameter(help="learning rate; by default one at 
 Layers = Annotated[
     tuple[int, ...] | None, Parameter(consume_multiple=True, negative="", help="only these layers learn")
 ]
-Limit = Annotated[int | None, Parameter(help="at most so many facts, drawn with --seed", validator=Number(gte=1))]
 
 
 @app.command(name="harm")
@@ -37,32 +36,25 @@ def harm_command(
     facts: Facts = "fictional",
     others: Annotated[str | None, Parameter(help="facts that are learnt, if others than those that are read")] = None,
     model: Model = "smollm2-135m",
-    format: Literal[FORMATS] = "auto",  # type: ignore[valid-type]
-    chat: Chat = False,
-    limit: Limit = None,
     steps: Steps = 5,
     rate: Rate = None,
     layers: Layers = None,
-    seed: Seed = 0,
     resume: bool = True,
-    device: str = "auto",
-    dtype: str = "auto",
-    quiet: Quiet = False,
+    asked: Asked = Asked(),
 ) -> None:
     """Learn every fact alone, by plain gradient descent, and measure what that takes from every fact."""
     if out.suffix not in ("", ".zarr"):
         raise ValueError(f"--out is a folder: it must end in .zarr, unlike {out.name!r}.")
     from workbench.facts import load_facts
 
-    taught = None if others is None else load_facts(others, format=format)
-    asked: dict[str, Any] = {"format": format, "chat": chat, "sample": limit, "seed": seed, "quiet": quiet}
-    opened, chosen = model_and_facts(model, facts, **asked, device=device, dtype=dtype)
+    taught = None if others is None else load_facts(others, format=asked.format)
+    opened, chosen = model_and_facts(model, facts, asked)
     if taught is not None:
-        taught = (taught.as_chat(opened.tokenizer) if chat else taught).at_most(limit, seed)
+        taught = narrowed(opened, taught, replace(asked, known_only=False))
     from workbench.learning import harm
 
     how: dict[str, Any] = {"others": taught, "steps": steps, "rate": rate, "layers": layers}
-    found = harm(opened, chosen, **how, out=out, resume=resume, progress=not quiet)
+    found = harm(opened, chosen, **how, out=out, resume=resume, progress=not asked.quiet)
     reached = int((found["reached"] > 0.5).sum())
     apart = found["harm"].where(found["fact"] != found["other"])
     print(f"{reached} of {found.sizes['other']} facts learnt (P > 0.5) at a rate of {found.attrs['rate_used']:.3g}")
@@ -77,25 +69,18 @@ def behaviour_command(
     *,
     facts: Facts = "fictional",
     model: Model = "smollm2-135m",
-    format: Literal[FORMATS] = "auto",  # type: ignore[valid-type]
-    chat: Chat = False,
-    limit: Limit = None,
     steps: Steps = 5,
     rate: Rate = None,
     layers: Layers = None,
-    seed: Seed = 0,
     out: Out = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    quiet: Quiet = False,
+    asked: Asked = Asked(),
 ) -> None:
     """Compare what facts become when learnt alone and when learnt together; --out keeps the table of every fact."""
     check_table(out)
-    asked: dict[str, Any] = {"format": format, "chat": chat, "sample": limit, "seed": seed, "quiet": quiet}
-    opened, chosen = model_and_facts(model, facts, **asked, device=device, dtype=dtype)
+    opened, chosen = model_and_facts(model, facts, asked)
     from workbench.learning import averages, behaviour
 
-    per_fact, per_layer = behaviour(opened, chosen, steps=steps, rate=rate, layers=layers, progress=not quiet)
+    per_fact, per_layer = behaviour(opened, chosen, steps=steps, rate=rate, layers=layers, progress=not asked.quiet)
     show(per_layer)
     show(averages(per_fact))
     write_table(per_fact, out)

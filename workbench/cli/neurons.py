@@ -7,15 +7,11 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 
 from workbench.cli.app import (
-    FORMATS,
-    Chat,
+    Asked,
     Draws,
     Facts,
-    KnownOnly,
     Model,
     Out,
-    Quiet,
-    Seed,
     app,
     check_table,
     model_and_facts,
@@ -24,18 +20,12 @@ from workbench.cli.app import (
     write_table,
 )
 
-Sample = Annotated[int | None, Parameter(help="only so many of the facts, drawn by --seed", validator=Number(gte=1))]
-
 
 @app.command(name="neurons")
 def neurons_command(
     *,
     facts: Facts = "world",
     model: Model = "smollm2-135m",
-    format: Literal[FORMATS] = "auto",  # type: ignore[valid-type]
-    chat: Chat = False,
-    known_only: KnownOnly = False,
-    sample: Sample = None,
     method: Annotated[str | None, Parameter(help="attribution method (default kn, the paper's, else ig)")] = None,
     unit: Literal["node", "neuron"] = "neuron",
     threshold: Annotated[float, Parameter(help="share of a prompt's largest score that a unit exceeds")] = 0.2,
@@ -55,10 +45,7 @@ def neurons_command(
     selection: Annotated[Path | None, Parameter(help="JSON file of all units, for `workbench suppress`")] = None,
     effects_out: Annotated[Path | None, Parameter(help="table of the effects, fact by fact (.csv or .parquet)")] = None,
     out: Out = None,
-    seed: Seed = 0,
-    device: str = "auto",
-    dtype: str = "auto",
-    quiet: Quiet = False,
+    asked: Asked = Asked(),
 ) -> None:
     """Find the neurons on which the prompts of each fact agree (Knowledge Neurons), and what they do.
 
@@ -79,14 +66,13 @@ def neurons_command(
         raise ValueError("A node has no value vector to erase or edit; use --unit neuron, or --effect suppress.")
     if effect != "none" and edit is not None:
         raise ValueError("--effect and --edit are two tests; start one after the other.")
-    asked: dict[str, Any] = {"format": format, "chat": chat, "known_only": known_only, "sample": sample, "seed": seed}
-    opened, chosen = model_and_facts(model, facts, **asked, device=device, dtype=dtype, quiet=quiet)
+    opened, chosen = model_and_facts(model, facts, asked)
     if edit is not None and edit not in chosen.ids:
         raise ValueError(f"There is no fact {edit!r} among the {len(chosen)} of {chosen.name}; --edit takes an id.")
     from workbench.neurons import knowledge_neurons, selection_of
 
     settings: dict[str, Any] = {"threshold": threshold, "share": share, "adaptive": adaptive, "method": method}
-    found = knowledge_neurons(opened, chosen, unit=unit, progress=not quiet, **settings)
+    found = knowledge_neurons(opened, chosen, unit=unit, progress=not asked.quiet, **settings)
     counted = found.groupby("relation").agg(facts_with_units=("fact", "nunique"), units=("unit", "size"))
     show(counted.assign(needed=found.groupby("relation")["needed"].first()).reset_index())
     print(f"{len(found)} {unit}s in {found['fact'].nunique()} of {len(chosen)} facts")
@@ -100,22 +86,22 @@ def neurons_command(
     if effect == "none" and edit is None:
         return
     if edit is not None:
-        table, frame = _edited(opened, chosen, found, edit, str(to), seed)
+        table, frame = _edited(opened, chosen, found, edit, str(to), asked.seed)
     else:
-        table, frame = _effect(opened, chosen, found, effect, controls, seed, quiet)
+        table, frame = _effect(opened, chosen, found, effect, controls, asked)
     show(table)
     write_table(frame, effects_out)
 
 
-def _effect(model: Any, facts: Any, found: Any, effect: str, controls: int, seed: int, quiet: bool) -> tuple[Any, Any]:
+def _effect(model: Any, facts: Any, found: Any, effect: str, controls: int, asked: Asked) -> tuple[Any, Any]:
     """What happens without the neurons that were found: a table to show, and fact by fact."""
     from workbench.intervals import means
     from workbench.neurons import effect_means, effects, measure_erase
 
     if effect == "erase":
         frame = measure_erase(model, facts, found)
-        return means(frame, seed=seed), frame
-    frame = effects(model, facts, found, action=effect, controls=controls, seed=seed, progress=not quiet)
+        return means(frame, seed=asked.seed), frame
+    frame = effects(model, facts, found, action=effect, controls=controls, seed=asked.seed, progress=not asked.quiet)
     return effect_means(frame), frame
 
 
@@ -139,10 +125,6 @@ def suppress_command(
     *,
     facts: Facts = "world",
     model: Model = "smollm2-135m",
-    format: Literal[FORMATS] = "auto",  # type: ignore[valid-type]
-    chat: Chat = False,
-    known_only: KnownOnly = False,
-    sample: Sample = None,
     unit: Annotated[Literal["node", "neuron"] | None, Parameter(help="what a bare position file lists")] = None,
     factor: Annotated[float, Parameter(help="what activations are multiplied by: 0 silences, 2 doubles")] = 0.0,
     scope: Annotated[Literal["all", "last"], Parameter(help="positions: all, or the last prompt token")] = "all",
@@ -155,10 +137,7 @@ def suppress_command(
     ] = "refuse",
     max_tokens: Annotated[int, Parameter(help="tokens of the shipped general text; 0 reads none")] = 3000,
     out: Out = None,
-    seed: Seed = 0,
-    device: str = "auto",
-    dtype: str = "auto",
-    quiet: Quiet = False,
+    asked: Asked = Asked(),
 ) -> None:
     """Silence units (or multiply them by --factor) and say what the model still answers; weights are not touched.
 
@@ -170,12 +149,16 @@ def suppress_command(
     read = _source(source, unit)
     if not isinstance(read, list | dict) and scope == "last":
         raise ValueError("--scope last works with a selection; an attribution is tested on all positions.")
-    asked: dict[str, Any] = {"format": format, "chat": chat, "known_only": known_only, "sample": sample, "seed": seed}
-    opened, chosen = model_and_facts(model, facts, **asked, device=device, dtype=dtype, quiet=quiet)
+    opened, chosen = model_and_facts(model, facts, asked)
     from workbench.facts import general_text
 
     general = general_text() if max_tokens and scope == "all" else None
-    options: dict[str, Any] = {"factor": factor, "general": general, "max_tokens": max_tokens, "progress": not quiet}
+    options: dict[str, Any] = {
+        "factor": factor,
+        "general": general,
+        "max_tokens": max_tokens,
+        "progress": not asked.quiet,
+    }
     if isinstance(read, list | dict):
         from workbench.intervals import means
         from workbench.suppression import suppress
@@ -183,13 +166,17 @@ def suppress_command(
         picked = _selection(read, source, unit, opened)
         frame = suppress(opened, picked, chosen, scope=scope, **options)
         print(f"{picked.n_selected} {picked.unit}s in {picked.n_layers} layers times {factor:g}")
-        show(means(frame, seed=seed))
+        show(means(frame, seed=asked.seed))
     else:
         from workbench.suppression import suppression_curve
 
-        options |= {"quotas": quota or (0.5, 1.0, 5.0), "seeds": range(seed, seed + draws), "overlap": overlap}
+        options |= {
+            "quotas": quota or (0.5, 1.0, 5.0),
+            "seeds": range(asked.seed, asked.seed + draws),
+            "overlap": overlap,
+        }
         with unfinished(out) as parts:
-            frame = suppression_curve(opened, read, chosen, **options, seed=seed, parts=parts)
+            frame = suppression_curve(opened, read, chosen, **options, seed=asked.seed, parts=parts)
             show(_in_short(frame))
             write_table(frame, out)
         return

@@ -1,21 +1,17 @@
 """Where along depth and text a fact is recovered: `trace`, `lens`."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
 from workbench.cli.app import (
-    FORMATS,
-    Chat,
+    Asked,
     Count,
     Facts,
-    KnownOnly,
     Model,
     Out,
-    Quiet,
-    Seed,
     app,
     check_table,
     model_and_facts,
@@ -24,8 +20,6 @@ from workbench.cli.app import (
     write_table,
 )
 
-Limit = Annotated[int | None, Parameter(help="at most so many facts, drawn with --seed", validator=Number(gte=1))]
-
 
 @app.command(name="trace")
 def trace_command(
@@ -33,23 +27,16 @@ def trace_command(
     out: Annotated[Path | None, Parameter(help="result (.zarr), or effects by layer and role (.csv, .parquet)")] = None,
     facts: Facts = "world",
     model: Model = "smollm2-135m",
-    format: Literal[FORMATS] = "auto",  # type: ignore[valid-type]
-    chat: Chat = False,
-    limit: Limit = None,
     site: Annotated[str, Parameter(help="what is restored: resid, mlp or attn")] = "resid",
     noise: Annotated[float, Parameter(help="in standard deviations of the subjects' embeddings")] = 3.0,
     draws: Annotated[int, Parameter(help="draws of the noise for every fact", validator=Number(gte=1))] = 10,
     window: Annotated[int | None, Parameter(help="layers restored at once; the default depends on the site")] = None,
-    seed: Seed = 0,
     missing: Annotated[str, Parameter(help="facts without their subject in the prompt: error or skip")] = "error",
     attribution: Annotated[
         Path | None, Parameter(help="a result of `workbench attribute`, to say how far the two agree")
     ] = None,
     batch_size: Count = None,
-    known_only: KnownOnly = False,
-    device: str = "auto",
-    dtype: str = "auto",
-    quiet: Quiet = False,
+    asked: Asked = Asked(),
 ) -> None:
     """Corrupt every fact's subject and restore one layer and token at a time: where does the answer come back?"""
     from workbench.results import check_made_with, open_result, save_result
@@ -59,14 +46,15 @@ def trace_command(
     from workbench.tracing import agreement, by_role, checked_settings, trace
 
     size = "auto" if batch_size is None else batch_size
-    checked_settings(1, site, noise, draws, window, seed, size, missing)
-    asked: dict[str, Any] = {"format": format, "chat": chat, "known_only": known_only, "sample": limit, "seed": seed}
-    opened, chosen = model_and_facts(model, facts, **asked, device=device, dtype=dtype, quiet=quiet)
+    checked_settings(1, site, noise, draws, window, asked.seed, size, missing)
+    opened, chosen = model_and_facts(model, facts, asked)
     if scores is not None:
         check_made_with(scores, opened.digest, opened.name)
     options: dict[str, Any] = {"site": site, "noise": noise, "draws": draws, "window": window, "batch_size": size}
     with unfinished(out) as parts:
-        result = trace(opened, chosen, **options, seed=seed, missing=missing, parts=parts, progress=not quiet)
+        result = trace(
+            opened, chosen, **options, seed=asked.seed, missing=missing, parts=parts, progress=not asked.quiet
+        )
         table = by_role(result)
         show(table.pivot(index="layer", columns="role", values="effect")[list(table["role"].unique())].reset_index())
         clean, corrupt = (float(result[name].mean()) for name in ("p_clean", "p_corrupt"))
@@ -86,25 +74,17 @@ def lens_command(
     *,
     facts: Facts = "world",
     model: Model = "smollm2-135m",
-    format: Literal[FORMATS] = "auto",  # type: ignore[valid-type]
-    chat: Chat = False,
-    limit: Limit = None,
-    seed: Seed = 0,
     direct: Annotated[bool, Parameter(help="what each module adds to the answer's logit, instead of the lens")] = False,
     out: Out = None,
-    known_only: KnownOnly = False,
-    device: str = "auto",
-    dtype: str = "auto",
-    quiet: Quiet = False,
+    asked: Asked = Asked(),
 ) -> None:
     """Read the answer off the residual stream after every layer; --out keeps the table of every fact."""
     check_table(out)
     from workbench.tracing import direct_by_layer, direct_logit_attribution, lens_by_layer, logit_lens
 
-    asked: dict[str, Any] = {"format": format, "chat": chat, "known_only": known_only, "sample": limit, "seed": seed}
-    opened, chosen = model_and_facts(model, facts, **asked, device=device, dtype=dtype, quiet=quiet)
+    opened, chosen = model_and_facts(model, facts, asked)
     read, summarise = (direct_logit_attribution, direct_by_layer) if direct else (logit_lens, lens_by_layer)
-    frame = read(opened, chosen, progress=not quiet)
+    frame = read(opened, chosen, progress=not asked.quiet)
     show(summarise(frame))
     write_table(frame, out)
 

@@ -1,7 +1,7 @@
 """What a model lost: before against after on facts, texts and benchmarks, paired; the only door to lm-eval."""
 
 from workbench.forgetting.comparing import ANSWERED, loki_average, mcnemar, paired
-from workbench.forgetting.harness import benchmark, lm_eval_installed
+from workbench.forgetting.harness import benchmark, find_tasks, lm_eval_installed
 from workbench.forgetting.measuring import measure_forgetting
 from workbench.forgetting.shipped import TASKS
 
@@ -9,6 +9,7 @@ __all__ = [
     "ANSWERED",
     "TASKS",
     "benchmark",
+    "find_tasks",
     "lm_eval_installed",
     "loki_average",
     "mcnemar",

@@ -127,10 +127,13 @@ def lm_eval_installed() -> bool:
 
 
 def find_tasks(tasks: Sequence[str], folder: str | Path | None = None) -> Any:
-    """Give lm-eval's index of tasks after a check that it holds these names; only a wanted index is read, for speed.
+    """Give lm-eval's index of tasks, where it holds these names and their data can be had, as long work needs to know.
+
+    lm-eval's own index, which takes seconds to read, is read only for tasks that are neither shipped nor in `folder`.
 
     Raises:
-        ValueError: lm-eval is not installed, no task is named, a name is unknown or twice there.
+        ValueError: lm-eval is not installed, no task is named, a name is unknown or twice there, or its data are not
+            to be had.
         FileNotFoundError: there is no such folder.
     """
     try:
@@ -157,7 +160,21 @@ def find_tasks(tasks: Sequence[str], folder: str | Path | None = None) -> Any:
             near = difflib.get_close_matches(name, manager.all_tasks, n=3)
             hint = f"did you mean {' or '.join(near)}?" if near else f"these ship: {', '.join(TASKS)}."
             raise ValueError(f"lm-eval knows no task {name!r}; {hint}")
+    with _silent():
+        _load(manager, tasks)
     return manager
+
+
+def _load(manager: Any, names: Sequence[str]) -> dict[str, Any]:
+    """Tasks with their data, as lm-eval's `evaluate` takes them."""
+    try:
+        return manager.load(list(names))
+    except Exception as error:  # whatever the reader of a data set raises where it finds none
+        said = [*str(error).splitlines(), repr(error)][0]
+        raise ValueError(
+            f"The data of {', '.join(names)} could not be had ({said}); "
+            f"fetch them with a network first, or use the tasks that ship: {', '.join(TASKS)}."
+        ) from error
 
 
 def _evaluate(
@@ -178,14 +195,7 @@ def _evaluate(
     if limit is not None and limit < 1:
         raise ValueError(f"A limit takes at least 1 item of each task, not {limit}.")
     with _silent(bars=progress), _seeded(seed):
-        try:
-            loaded = manager.load(list(names))
-        except Exception as error:  # whatever the reader of a data set raises where it finds none
-            said = [*str(error).splitlines(), repr(error)][0]
-            raise ValueError(
-                f"The data of {', '.join(names)} could not be had ({said}); "
-                f"fetch them with a network first, or use the tasks that ship: {', '.join(TASKS)}."
-            ) from error
+        loaded = _load(manager, names)
         for task in loaded["tasks"].values():
             own = task.get_config("num_fewshot")
             if own is None or (shots is not None and own != 0):
