@@ -9,8 +9,7 @@ import torch
 import xarray as xr
 from tiny import FACTS, random_model, tiny, tokenizer
 
-from workbench.interfere.gradients import inner_products  # noqa: F401  (the room below)
-from workbench.learning import averages, behaviour, effective_rank, harm, learnt, natural_rate
+from workbench.learning import averages, behaviour, effective_rank, harm, learner, learnt, natural_rate
 from workbench.learning.learner import gradients, unlocked
 from workbench.learning.together import Read, _jackknifed, _per_fact, _without_each, suppression
 from workbench.models import HookedModel, load_model
@@ -111,7 +110,8 @@ def test_every_weight_is_the_same_to_the_bit_afterwards_also_after_an_error(monk
     with pytest.raises(KeyError, match="inside"):
         fail()
     with monkeypatch.context() as patch:
-        patch.setattr("workbench.learning.learner.logprob", lambda logits, target: logits[:, 0] / 0)
+        losses = learner.answer_losses
+        patch.setattr(learner, "answer_losses", lambda *given: [loss / 0 for loss in losses(*given)])
         with pytest.raises(ValueError, match=r"The loss of 'france' is not finite .* lower the rate"):
             harm(model, FEW, rate=0.01, steps=4, progress=False)
     assert bits(model) == before

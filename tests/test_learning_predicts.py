@@ -15,10 +15,10 @@ from workbench.learning.pairs import (
     drawn_facts,
     halves,
     off_diagonal,
+    pair_ranks,
     relabelled,
     resampled,
     shuffled,
-    standard_ranks,
 )
 from workbench.learning.predicting import held_out
 
@@ -234,8 +234,8 @@ def test_every_layer_is_correlated_and_corrected() -> None:
 def test_ties_and_values_that_never_vary() -> None:
     a = np.random.default_rng(0).integers(0, 3, size=(6, 6)).astype(float)
     b = np.random.default_rng(1).integers(0, 3, size=(6, 6)).astype(float)
-    assert (standard_ranks(a[None]) @ standard_ranks(b[None]).T).item() == pytest.approx(spearman(a, b))
-    assert not standard_ranks(np.ones((1, 6, 6))).any()
+    assert (pair_ranks(a[None]) @ pair_ranks(b[None]).T).item() == pytest.approx(spearman(a, b))
+    assert not pair_ranks(np.ones((1, 6, 6))).any()
     interference, harm = planted(n=8)
     flat = predicts(interference * 0.0 + 1.0, harm, permutations=9)
     measures = flat[flat["kind"] != "baseline"]

@@ -1,4 +1,4 @@
-"""Means with 95% intervals: the bootstrap over facts, paired before and after, and shares; p values of many tests."""
+"""Means with 95% intervals (bootstrap over facts, paired before and after), shares, ranks, p values of many tests."""
 
 import numpy as np
 import pandas as pd
@@ -97,3 +97,17 @@ def benjamini_hochberg(p: Float[np.ndarray, " test"]) -> Float[np.ndarray, " tes
     raw = p[order] * len(order) / np.arange(1, len(order) + 1)
     q[order] = np.minimum(1.0, np.minimum.accumulate(raw[::-1])[::-1])
     return q
+
+
+def standard_ranks(rows: Num[np.ndarray, "*batch item"]) -> Float[np.ndarray, "*batch item"]:
+    """Ranks along the last axis, ties sharing their mean rank, centred and of length 1; 0 where all values are equal.
+
+    The inner product of two such rows is Spearman's rank correlation.
+
+    >>> standard_ranks(np.array([5.0, 7.0, 7.0])).round(3).tolist()
+    [-0.816, 0.408, 0.408]
+    """
+    ranks = pd.DataFrame(rows.reshape(-1, rows.shape[-1]).T).rank(method="average").to_numpy().T
+    ranks = ranks - ranks.mean(1, keepdims=True)
+    length = np.linalg.norm(ranks, axis=1, keepdims=True)
+    return np.divide(ranks, length, out=np.zeros_like(ranks), where=length > 1e-9).reshape(rows.shape)

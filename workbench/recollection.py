@@ -86,20 +86,29 @@ def read_facts(
     return [readings[i] for i in range(len(facts))]
 
 
-def by_length(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Indices in batches of similar length whose padded size stays within a pass.
+def by_length(lengths: Sequence[int], most: int = TOKENS_PER_PASS) -> Iterator[list[int]]:
+    """Indices in batches of similar length whose padded size is at most `most` tokens, or of a single index.
 
-    >>> list(by_length([700, 2, 3]))
-    [[1, 2], [0]]
+    >>> list(by_length([5, 2, 3, 2], 6))
+    [[1, 3], [2], [0]]
     """
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        if batch and (len(batch) + 1) * lengths[index] > TOKENS_PER_PASS:
+        if batch and (len(batch) + 1) * lengths[index] > most:
             yield batch
             batch = []
         batch.append(index)
     if batch:
         yield batch
+
+
+def answer_losses(model: HookedModel, facts: Sequence[TokenisedFact]) -> list[Float[Tensor, " token"]]:
+    """Cross-entropy in nats of every answer token of some facts in one pass, teacher-forced; for gradients."""
+    ids, mask = pad_batch([fact.ids[:-1] for fact in facts], side="left")
+    read = max(len(fact.answer_ids) for fact in facts)
+    logits = model.hf(**model.inputs(ids, mask), use_cache=False, **model.keeping(read)).logits
+    targets = [torch.tensor(fact.answer_ids, device=logits.device) for fact in facts]
+    return [-logprob(logits[row, -len(target) :], target) for row, target in enumerate(targets)]
 
 
 def _read_batch(model: HookedModel, facts: Sequence[TokenisedFact], greedy: bool) -> list[Reading]:

@@ -11,9 +11,9 @@ from tqdm import tqdm
 from workbench.engine import room_for
 from workbench.facts import TokenisedFact
 from workbench.interfere.nulls import largest_by_chance
-from workbench.interfere.problem import Found, Matrix, Problem, in_batches
-from workbench.metrics import logprob
-from workbench.models import HookedModel, Patch, pad_batch
+from workbench.interfere.problem import Found, Matrix, Problem
+from workbench.models import HookedModel, Patch
+from workbench.recollection import answer_losses, by_length
 
 #: Draws of the shuffled neurons: each costs as much as the measure itself.
 DRAWS = 4
@@ -108,7 +108,7 @@ def _rows(problem: Problem, layers: Sequence[int], lengths: Sequence[int]) -> di
     rows = {layer: (torch.zeros(ends[-1], model.d_model), torch.zeros(ends[-1], model.d_mlp)) for layer in layers}
     most = min(TOKENS_PER_PASS, room_for(model, problem.budget / 2**31).rows)
     with tqdm(total=len(tokens), unit="fact", desc="gradients", disable=not problem.progress) as bar:
-        for batch in in_batches(lengths, most):
+        for batch in by_length(lengths, most):
             found = backward(model, [tokens[i] for i in batch], layers)
             for layer, (slope, key) in found.items():
                 for row, i in enumerate(batch):
@@ -123,7 +123,6 @@ def backward(
     model: HookedModel, facts: Sequence[TokenisedFact], layers: Sequence[int]
 ) -> dict[int, tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch pos d_mlp"]]]:
     """dL/d(output) and the input of some down-projections, facts padded on the left, each by its own loss."""
-    ids, mask = pad_batch([fact.ids[:-1] for fact in facts], side="left")
     shifts: dict[int, Tensor] = {}
     keys: dict[int, Tensor] = {}
 
@@ -141,16 +140,11 @@ def backward(
 
         return add
 
-    read = max(len(fact.answer_ids) for fact in facts)
     with (
         torch.enable_grad(),
         model.patched("neuron", {layer: keep(layer) for layer in layers}),
         model.patched("node", {layer: shift(layer) for layer in layers}),
     ):
-        logits = model.hf(**model.inputs(ids, mask), use_cache=False, **model.keeping(read)).logits
-        losses = []
-        for row, fact in enumerate(facts):
-            target = torch.tensor(fact.answer_ids, device=logits.device)
-            losses.append(-logprob(logits[row, -len(target) :], target).mean())
-        slopes = torch.autograd.grad(torch.stack(losses).sum(), [shifts[layer] for layer in layers])
+        loss = torch.stack([of_answer.mean() for of_answer in answer_losses(model, facts)]).sum()
+        slopes = torch.autograd.grad(loss, [shifts[layer] for layer in layers])
     return {layer: (slope, keys[layer]) for layer, slope in zip(layers, slopes, strict=True)}

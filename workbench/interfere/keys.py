@@ -10,9 +10,9 @@ from tqdm import tqdm
 
 from workbench.interfere.moments import second_moments
 from workbench.interfere.nulls import largest_by_chance
-from workbench.interfere.problem import Found, Matrix, Problem, in_batches
+from workbench.interfere.problem import Found, Matrix, Problem
 from workbench.models import Patch, pad_batch
-from workbench.recollection import TOKENS_PER_PASS
+from workbench.recollection import by_length
 
 #: Draws of the shuffled keys.
 DRAWS = 19
@@ -75,7 +75,7 @@ def fact_keys(problem: Problem) -> tuple[Float[Tensor, "layer fact neuron"], int
 
     with tqdm(total=len(facts), unit="fact", desc="keys", disable=not problem.progress) as bar:
         with model.patched("neuron", {layer: keep(place) for place, layer in enumerate(layers)}):
-            for rows in in_batches([len(fact.prompt_ids) for fact in facts], TOKENS_PER_PASS):
+            for rows in by_length([len(fact.prompt_ids) for fact in facts]):
                 ids, mask = pad_batch([facts[i].prompt_ids for i in rows], side="right")
                 columns = [places[i] for i in rows]
                 model.logits(ids, mask, last=1)

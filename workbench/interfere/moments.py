@@ -15,10 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from workbench.interfere.problem import in_batches
 from workbench.models import HookedModel, Patch, pad_batch
 from workbench.models.cache import cache_folder, require_space
-from workbench.recollection import TOKENS_PER_PASS, text_chunks
+from workbench.recollection import by_length, text_chunks
 
 #: At most so many tokens of general text, in pieces of so many.
 TEXT_TOKENS = 20_000
@@ -130,7 +129,7 @@ def _measured(
 
     tokens = 0
     with tqdm(total=len(chunks), unit="piece", desc="keys of text", disable=not progress) as bar:
-        for batch in in_batches([len(chunk) for chunk in chunks], TOKENS_PER_PASS):
+        for batch in by_length([len(chunk) for chunk in chunks]):
             ids, mask = pad_batch([chunks[i] for i in batch], side="left")
             kept = (mask.cumsum(-1) > 1).to(model.device)
             tokens += int(kept.sum())

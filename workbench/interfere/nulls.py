@@ -7,11 +7,10 @@ units of each fact, and intervals resample facts (the vertex bootstrap of Snijde
 from collections.abc import Callable
 
 import numpy as np
-import pandas as pd
 from jaxtyping import Float, Int
 
 from workbench.interfere.problem import Matrix
-from workbench.intervals import bootstrap
+from workbench.intervals import bootstrap, standard_ranks
 
 Order = Int[np.ndarray, "fact unit"]
 Values = Float[np.ndarray, "layer fact other"]
@@ -141,26 +140,18 @@ def against_meaning(
     """
     first, second = np.triu_indices(len(meaning), 1)
     found = {name: np.full(len(values), np.nan) for name in ("meaning_rho", "meaning_p")}
-    ranks, spread = _standard_ranks(in_pairs(values))
-    near, near_spread = _standard_ranks(meaning[first, second].astype(np.float64)[None])
-    if not near_spread[0] or not spread.any():
+    ranks = standard_ranks(in_pairs(values))
+    near = standard_ranks(meaning[first, second].astype(np.float64))
+    spread = ranks.any(1)
+    if not near.any() or not spread.any():
         return found
     square = np.zeros(meaning.shape)
-    square[first, second] = square[second, first] = near[0]
-    rho = ranks @ near[0]
+    square[first, second] = square[second, first] = near
+    rho = ranks @ near
     null = np.stack([ranks @ square[shuffle[first], shuffle[second]] for shuffle in shuffles])
     found["meaning_rho"] = np.where(spread, rho, np.nan)
     found["meaning_p"] = np.where(spread, _two_sided(null, rho, np.ones(len(values))), np.nan)
     return found
-
-
-def _standard_ranks(pairs: Float[np.ndarray, "row pair"]) -> tuple[np.ndarray, np.ndarray]:
-    """Ranks of every row, ties shared, centred and of length 1; and which rows have any spread."""
-    ranks = pd.DataFrame(pairs.T).rank(method="average").to_numpy().T
-    ranks = ranks - ranks.mean(1, keepdims=True)
-    length = np.linalg.norm(ranks, axis=1, keepdims=True)
-    spread = length[:, 0] > 1e-9
-    return np.divide(ranks, length, out=np.zeros_like(ranks), where=spread[:, None]), spread
 
 
 def _two_sided(

@@ -1,6 +1,6 @@
 """What every measure is given, and what it gives back for a layer."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -89,19 +89,3 @@ class Problem:
     def generator(self, layer: int) -> np.random.Generator:
         """What a layer's nulls are drawn from: the same for every measure, whichever others are asked for."""
         return np.random.default_rng([self.seed, layer])
-
-
-def in_batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length whose padded size is at most `most` tokens, or a single index.
-
-    >>> list(in_batches([5, 2, 3, 2], 6))
-    [[1, 3], [2], [0]]
-    """
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        if batch and (len(batch) + 1) * lengths[index] > most:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch

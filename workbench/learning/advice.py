@@ -9,7 +9,7 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Float
 
-from workbench.intervals import interval
+from workbench.intervals import interval, standard_ranks
 from workbench.selection.aware import gather_evidence, layer_budgets
 from workbench.selection.voting import ScoreSource, score_source, units_in
 
@@ -127,7 +127,7 @@ def _overlaps(
         size = np.abs(scores.sel(layer=layer).transpose("fact", "unit").values)
         if not np.isfinite(size).all():
             raise ValueError(f"new has scores in layer {layer} that are not finite: attribute again.")
-        ranks, leaned = _standard_ranks(size), _standard_ranks(load[place][None])[0]
+        ranks, leaned = standard_ranks(size), standard_ranks(load[place])
         generator = np.random.default_rng([seed, layer])
         each = ranks @ leaned
         mean = ranks.mean(0)  # the correlation is linear in the facts' ranks
@@ -137,14 +137,6 @@ def _overlaps(
         for name, value in zip(columns, values, strict=True):
             columns[name].append(value)
     return columns
-
-
-def _standard_ranks(values: Float[np.ndarray, "row unit"]) -> Float[np.ndarray, "row unit"]:
-    """Ranks of every row, ties shared, centred and of length 1; 0 where all values are equal."""
-    ranks = pd.DataFrame(values).rank(axis=1, method="average").to_numpy()
-    ranks = ranks - ranks.mean(1, keepdims=True)
-    length = np.linalg.norm(ranks, axis=1, keepdims=True)
-    return np.divide(ranks, length, out=np.zeros_like(ranks), where=length > 1e-9)
 
 
 def _shares(values: Float[np.ndarray, " layer"]) -> Float[np.ndarray, " layer"]:

@@ -14,9 +14,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from workbench.facts import TokenisedFact
-from workbench.metrics import logprob
-from workbench.models import HookedModel, pad_batch
-from workbench.recollection import by_length
+from workbench.models import HookedModel, inputs_first
+from workbench.recollection import answer_losses, by_length
 from workbench.selection import Selection
 
 STEPS = 5
@@ -91,7 +90,7 @@ def gradients(
     total = 0.0
     with torch.enable_grad():
         for indices in by_length([len(fact.ids) for fact in facts]):
-            loss = _loss(model, [facts[i] for i in indices])
+            loss = torch.cat(answer_losses(model, [facts[i] for i in indices])).sum()
             if not loss.isfinite():
                 named = ", ".join(repr(facts[i].fact_id) for i in indices[:3])
                 raise ValueError(f"The loss of {named} is not finite while {model.name} learns: lower the rate.")
@@ -134,18 +133,6 @@ def check_learning(steps: int, rate: float | None) -> None:
         raise ValueError(f"The learning rate is a positive number, not {rate}.")
 
 
-def _loss(model: HookedModel, facts: Sequence[TokenisedFact]) -> Float[Tensor, ""]:
-    """Cross-entropy of the answers' tokens, summed over tokens and facts."""
-    ids, mask = pad_batch([fact.ids[:-1] for fact in facts], side="left")
-    last = max(len(fact.answer_ids) for fact in facts)
-    logits = model.hf(**model.inputs(ids, mask), use_cache=False, **model.keeping(last)).logits
-    losses = [
-        -logprob(logits[row, -len(fact.answer_ids) :], torch.tensor(fact.answer_ids, device=logits.device)).sum()
-        for row, fact in enumerate(facts)
-    ]
-    return torch.stack(losses).sum()
-
-
 def _trained(model: HookedModel, layers: Sequence[int] | None, selection: Selection | None) -> list[Trained]:
     """What learns: whole layers, or the units of a selection."""
     if selection is None:
@@ -167,8 +154,7 @@ def _trained(model: HookedModel, layers: Sequence[int] | None, selection: Select
             weight = _weight(model, layer)
             mask = torch.zeros(selection.n_units, device=weight.device)
             mask[rows] = 1
-            inputs_first = type(model.down_proj(layer)).__name__ == "Conv1D"
-            along = 1 if (selection.unit == "node") == inputs_first else 0
+            along = 1 if (selection.unit == "node") == inputs_first(model.down_proj(layer)) else 0
             found.append(Trained(weight, mask if along else mask[:, None]))
     if not found:
         raise ValueError("The selection is empty: nothing would learn.")

@@ -8,10 +8,9 @@ from itertools import permutations as every
 from math import factorial
 
 import numpy as np
-import pandas as pd
 from jaxtyping import Bool, Float, Int
 
-from workbench.intervals import bootstrap
+from workbench.intervals import bootstrap, standard_ranks
 
 Matrix = Float[np.ndarray, "fact other"]
 Stack = Float[np.ndarray, "row fact other"]
@@ -31,20 +30,14 @@ def within(matrices: Stack, facts: Int[np.ndarray, " chosen"]) -> Float[np.ndarr
     return matrices[:, facts[:, None], facts[None]]
 
 
-def standard_ranks(matrices: Stack) -> Ranks:
-    """Ranks over the ordered pairs of different facts, ties shared, centred and of length 1; 0 where all are equal.
-
-    The product of two such rows is Spearman's rank correlation.
+def pair_ranks(matrices: Stack) -> Ranks:
+    """The `standard_ranks` over the ordered pairs of different facts.
 
     >>> a = np.array([[0.0, 1.0, 2.0], [3.0, 0.0, 4.0], [5.0, 6.0, 0.0]])
-    >>> float((standard_ranks(a[None]) @ standard_ranks(a.T[None]).T)[0, 0].round(3))
+    >>> float((pair_ranks(a[None]) @ pair_ranks(a.T[None]).T)[0, 0].round(3))
     0.029
     """
-    pairs = matrices[:, off_diagonal(matrices.shape[1])]
-    ranks = pd.DataFrame(pairs.T).rank(method="average").to_numpy().T
-    ranks = ranks - ranks.mean(1, keepdims=True)
-    length = np.linalg.norm(ranks, axis=1, keepdims=True)
-    return np.divide(ranks, length, out=np.zeros_like(ranks), where=length > 1e-9)
+    return standard_ranks(matrices[:, off_diagonal(matrices.shape[1])])
 
 
 def relabelled(matrix: Matrix, draws: int, seed: int) -> Iterator[Stack]:
@@ -89,11 +82,11 @@ def mantel_rows(
     values: Stack, target: Matrix, *, permutations: int = 999, seed: int = 0
 ) -> tuple[Float[np.ndarray, " row"], Float[np.ndarray, " row"]]:
     """`mantel` of several matrices with one target: their correlations and p-values."""
-    ranks = standard_ranks(values)
-    rho = ranks @ standard_ranks(target[None])[0]
+    ranks = pair_ranks(values)
+    rho = ranks @ pair_ranks(target[None])[0]
     extreme, drawn = np.zeros(len(values)), 0
     for stack in relabelled(target, permutations, seed):
-        null = ranks @ standard_ranks(stack).T
+        null = ranks @ pair_ranks(stack).T
         extreme += (np.abs(null) >= np.abs(rho)[:, None] - SLACK).sum(1)
         drawn += len(stack)
     exact = factorial(len(target)) <= permutations if len(target) < 9 else False

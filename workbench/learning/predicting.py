@@ -19,10 +19,10 @@ from workbench.learning.pairs import (
     halves,
     mantel_rows,
     off_diagonal,
+    pair_ranks,
     relabelled,
     resampled,
     shuffled,
-    standard_ranks,
     within,
 )
 
@@ -153,11 +153,11 @@ def held_out(
     ends = np.cumsum([len(one.matrices) for one in candidates])
     total: np.ndarray | float = 0.0
     for choose, judge in blocks:
-        first, second = (standard_ranks(within(rows, part)) for part in (choose, judge))
+        first, second = (pair_ranks(within(rows, part)) for part in (choose, judge))
         parts = []
         for stack in draws():
-            tried = first @ standard_ranks(within(stack, choose)).T
-            judged = second @ standard_ranks(within(stack, judge)).T
+            tried = first @ pair_ranks(within(stack, choose)).T
+            judged = second @ pair_ranks(within(stack, judge)).T
             each = zip(np.split(tried, ends[:-1]), np.split(judged, ends[:-1]), strict=True)
             parts.append(np.stack([_judged(*pair) for pair in each]))
         total = total + np.concatenate(parts, axis=1)
@@ -166,10 +166,10 @@ def held_out(
 
 def choices(candidates: Sequence[Candidate], target: Matrix, facts: np.ndarray) -> list[tuple[int, int]]:
     """The place of the layer and the sign that these facts choose for every candidate."""
-    wanted = standard_ranks(within(target[None], facts))[0]
+    wanted = pair_ranks(within(target[None], facts))[0]
     found = []
     for one in candidates:
-        tried = standard_ranks(within(one.matrices, facts)) @ wanted
+        tried = pair_ranks(within(one.matrices, facts)) @ wanted
         best = int(np.abs(tried).argmax())
         found.append((best, int(np.sign(tried[best]))))
     return found

@@ -1,7 +1,16 @@
 """Opening models and looking into them: the only door to transformer-lens and to transformers' loading."""
 
 from workbench.models.devices import free_memory, peak_memory
-from workbench.models.hooked import HookedModel, Patch, Unit, check_unit, forward_through, pad_batch, projection_widths
+from workbench.models.hooked import (
+    HookedModel,
+    Patch,
+    Unit,
+    check_unit,
+    forward_through,
+    inputs_first,
+    pad_batch,
+    projection_widths,
+)
 from workbench.models.loading import load_model, own_tokenizer
 from workbench.models.promises import probe_ids
 from workbench.models.sources import default_model, list_models, load_hf
@@ -14,6 +23,7 @@ __all__ = [
     "default_model",
     "forward_through",
     "free_memory",
+    "inputs_first",
     "list_models",
     "load_hf",
     "load_model",

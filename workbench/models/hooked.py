@@ -269,7 +269,12 @@ def projection_widths(module: nn.Module) -> tuple[int, int]:
     (3, 2)
     """
     rows, columns = cast(Tensor, module.weight).shape
-    return (rows, columns) if type(module).__name__ == "Conv1D" else (columns, rows)
+    return (rows, columns) if inputs_first(module) else (columns, rows)
+
+
+def inputs_first(module: nn.Module) -> bool:
+    """Whether a projection's weight is (in, out), as in gpt2's `Conv1D`, and not (out, in)."""
+    return type(module).__name__ == "Conv1D"
 
 
 def pad_batch(

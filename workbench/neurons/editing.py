@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from workbench.facts import Fact, FactSet, TokenisedFact
-from workbench.models import HookedModel
+from workbench.models import HookedModel, inputs_first
 from workbench.neurons.finding import selection_of
 from workbench.suppression import compare
 
@@ -149,7 +149,7 @@ def token_vector(model: HookedModel, token: int, table: str) -> Float[Tensor, " 
 def value_vectors(module: nn.Module) -> Float[Tensor, "d_mlp d_model"]:
     """The value vectors of a down-projection, one row a neuron: a view of its weight, transposed unless `Conv1D`."""
     weight = cast(Tensor, module.weight).detach()
-    return weight if type(module).__name__ == "Conv1D" else weight.T
+    return weight if inputs_first(module) else weight.T
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from workbench.models import HookedModel, check_unit
+from workbench.models import HookedModel, check_unit, inputs_first
 from workbench.selection import Selection
 
 #: Some rows, or some columns, of a matrix.
@@ -80,7 +80,7 @@ def elsewhere(before: HookedModel, after: HookedModel, units: Selection) -> list
         if module in inside and kind in ("weight", "bias"):
             differ = differ.clone()
             if kind == "weight":
-                transposed = differ.T if type(before.down_proj(inside[module])).__name__ == "Conv1D" else differ
+                transposed = differ.T if inputs_first(before.down_proj(inside[module])) else differ
                 transposed[_place(units, inside[module])] = False
             elif units.unit == "node":
                 differ[units.rows(inside[module])] = False
@@ -183,7 +183,7 @@ def check_fits(units: Selection, model: HookedModel) -> None:
 def _matrix(module: nn.Module) -> Float[Tensor, "d_model d_mlp"]:
     """The weight of a down-projection with a row per node: a view, transposed for `Conv1D`."""
     weight = cast(Tensor, module.weight).detach()
-    return weight.T if type(module).__name__ == "Conv1D" else weight
+    return weight.T if inputs_first(module) else weight
 
 
 def _bias(module: nn.Module) -> Float[Tensor, " d_model"] | None:

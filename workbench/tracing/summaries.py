@@ -7,7 +7,7 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Float
 
-from workbench.intervals import interval
+from workbench.intervals import interval, standard_ranks
 from workbench.tracing.spans import ROLES
 
 
@@ -129,23 +129,12 @@ def spearman(
     >>> spearman(np.array([1.0, 2.0, 4.0]), np.array([0.0, 5.0, 6.0])).round(6).item()
     1.0
     """
-    return _correlation(centred_ranks(first), centred_ranks(second))
-
-
-def centred_ranks(values: Float[np.ndarray, "*batch layer"]) -> Float[np.ndarray, "*batch layer"]:
-    """Ranks along the last axis less their mean, ties sharing their mean rank.
-
-    >>> centred_ranks(np.array([5.0, 7.0, 7.0])).tolist()
-    [-1.0, 0.5, 0.5]
-    """
-    ranks = pd.DataFrame(values.reshape(-1, values.shape[-1])).rank(axis=1).to_numpy()
-    return (ranks - ranks.mean(1, keepdims=True)).reshape(values.shape)
+    return _correlation(standard_ranks(first), standard_ranks(second))
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Correlation along the last axis of values whose mean is zero."""
-    size = np.sqrt((a**2).sum(-1) * (b**2).sum(-1))
-    return np.asarray(np.divide((a * b).sum(-1), size, out=np.full(np.shape(size), np.nan), where=size > 0))
+    """Correlation along the last axis of standard ranks, which are 0 where a side is constant."""
+    return np.where(a.any(-1) & b.any(-1), (a * b).sum(-1), np.nan)
 
 
 def _agreement_of(
@@ -156,7 +145,7 @@ def _agreement_of(
     seed: int,
 ) -> pd.DataFrame:
     """Rows of one role: every fact, then all."""
-    traced, scored = centred_ranks(effects), centred_ranks(sums)
+    traced, scored = standard_ranks(effects), standard_ranks(sums)
     rho = _correlation(traced, scored)
     null = np.stack([_correlation(traced, scored[:, shuffle]) for shuffle in shuffles])
     rows = [{"fact": i, "rho": r, **_against(r, own), "n": 1} for i, r, own in zip(ids, rho, null.T, strict=True)]
