@@ -15,6 +15,7 @@ from workbench.interfere import (
     METRICS,
     colliding_pairs,
     conflict_rates,
+    cross,
     gradients,
     interference,
     key_statistics,
@@ -225,6 +226,52 @@ def test_suppression_equals_a_naive_loop(kind: str, unit: str) -> None:
             drops = [clean - read(torch.from_numpy(marks)) for marks in sets]
             np.testing.assert_allclose(found["value"][0, layer, i], drops, atol=2e-4)
             assert np.abs(drops).max() > 1e-2
+
+
+def test_suppression_goes_on_where_it_stopped_and_only_there(tmp_path, monkeypatch, llama) -> None:
+    scores, everything = llama
+    model, parts = tiny("llama"), tmp_path / "parts"
+    run, done = cross.run_queries, []
+
+    def counted(*given):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(1)
+        return run(*given)
+
+    monkeypatch.setattr(cross, "FACTS", 2)
+    monkeypatch.setattr(cross, "run_queries", counted)
+    with pytest.raises(KeyboardInterrupt):
+        measured(model, ["suppression"], scores=scores, parts=parts)
+    kept = len(list(parts.iterdir()))
+    assert kept > 1  # the settings and at least one part
+    monkeypatch.setattr(cross, "run_queries", lambda *given: done.append(1) or run(*given))
+    done.clear()
+    again = measured(model, ["suppression"], scores=scores, parts=parts)
+    value = everything["value"].sel(metric="suppression")
+    np.testing.assert_allclose(again["value"].sel(metric="suppression"), value, atol=2e-5)  # other batches
+    resumed = len(done)
+    monkeypatch.setattr(cross, "run_queries", lambda *given: pytest.fail("read again"))
+    assert measured(model, ["suppression"], scores=scores, parts=parts).identical(again)
+    monkeypatch.setattr(cross, "run_queries", lambda *given: done.append(1) or run(*given))
+    done.clear()
+    assert measured(model, ["suppression"], scores=scores).identical(again)
+    assert resumed == len(done) - (kept - 1)
+    with pytest.raises(ValueError, match=r"other settings .*scores"):
+        measured(model, ["suppression"], scores=2 * scores.assign_attrs(scores.attrs), parts=parts)
+
+
+def test_what_a_measure_refuses_is_refused_before_another_starts(monkeypatch) -> None:
+    model = tiny("llama")
+    scores = scores_of(model)
+    monkeypatch.setattr("workbench.interfere.cross.run_queries", lambda *given: pytest.fail("started"))
+    for last, wrong, words in (
+        ("superposition", {"text": ["sky"]}, "no passage"),
+        ("superposition", {"memory": 1e-9}, "second moment"),
+        ("gradient", {"memory": 1e-9}, "gradients of"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            measured(model, ["suppression", last], scores=scores, **wrong)
 
 
 def planted_measures(without: Sequence[tuple[int, int]] = (), subjects: Sequence[str] = tuple(planted.RELATION)):

@@ -15,6 +15,7 @@ from workbench.cli.app import (
     model_and_facts,
     narrowed,
     show,
+    unfinished,
     write_table,
 )
 
@@ -80,12 +81,14 @@ def interference_command(
     else:
         scores = scores.sel(fact=list(chosen.ids))
     options: dict[str, Any] = {"metrics": names, "top": top, "permutations": permutations, "text": passages}
-    result = interference(opened, chosen, scores, **options, seed=asked.seed, memory=memory, progress=not asked.quiet)
-    table = within_across(result)
-    if out is not None and out.suffix == ".zarr":
-        print(save_result(result, out, kind="interference"))
-    else:
-        write_table(table, out)
+    options |= {"seed": asked.seed, "memory": memory, "progress": not asked.quiet}
+    with unfinished(out if "suppression" in names else None) as parts:
+        result = interference(opened, chosen, scores, **options, parts=parts)
+        table = within_across(result)
+        if out is not None and out.suffix == ".zarr":
+            print(save_result(result, out, kind="interference"))
+        else:
+            write_table(table, out)
     show(table[[name for name in SHOWN if name in table]])
     for name, summarise, title in (
         ("superposition", key_statistics, "keys of different facts"),

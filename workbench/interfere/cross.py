@@ -1,6 +1,7 @@
 """Cross-suppression: silence the top units of one fact, and read another."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,11 +11,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from workbench.engine import Clean, Room, check_engine, make_batch, room_for, run_clean, run_queries
+from workbench.facts import TokenisedFact
 from workbench.interfere.nulls import largest_pair, matched_orders, orders
 from workbench.interfere.overlap import top_sets
 from workbench.interfere.problem import Found, Problem
 from workbench.metrics import logprob
+from workbench.models import HookedModel
 
+#: Facts that are read together and kept as one part of unfinished work.
+FACTS = 16
 #: (layer's place, whose set): one query of every fact.
 Query = tuple[int, int]
 
@@ -42,20 +47,45 @@ def suppression(problem: Problem) -> Iterator[Found]:
     queries = [(place, j) for place in range(len(layers)) for j in range(3 * n_facts)]
     with tqdm(total=n_facts * len(queries), unit="query", desc="suppression", disable=not problem.progress) as bar:
         for batch in batches:
-            clean = run_clean(model, make_batch([problem.tokens[i] for i in batch], model.device), unit)
-            base = clean.batch.value(clean.logits, logprob)[:, None]
-            rows = room.rows_of(max(len(problem.tokens[i].ids) for i in batch), clean.plain_head)
-            size = max(1, rows // (len(batch) * clean.batch.tail))
-            for start in range(0, len(queries), size):
-                part = queries[start : start + size]
-                points = {layers[place]: value for place, value in _points(clean, layers, part, sets).items()}
-                values = base - run_queries(model, clean, unit, points, logprob)
-                places, whose = np.array(part).T
-                drop[places, np.array(batch)[:, None], whose] = values.double().cpu().numpy()
-                bar.update(len(batch) * len(part))
+            facts = [problem.tokens[i] for i in batch]
+
+            def measured(facts: list[TokenisedFact] = facts) -> list[dict[str, Any]]:
+                values = _drops(model, facts, unit, layers, sets, queries, room, bar)
+                return [{"fact": fact.fact_id, "drop": row} for fact, row in zip(facts, values.tolist(), strict=True)]
+
+            before = bar.n
+            kept = problem.parts.rows(f"suppression of {[fact.fact_id for fact in facts]}", measured)
+            bar.update(before + len(batch) * len(queries) - bar.n)
+            for i, row in zip(batch, kept, strict=True):
+                drop[:, i] = np.array(row["drop"]).reshape(len(layers), -1)
     for place in range(len(layers)):
         own, shuffled, matched = np.split(drop[place], 3, axis=1)
         yield Found(own, [largest_pair(shuffled)], [largest_pair(matched)])
+
+
+def _drops(
+    model: HookedModel,
+    facts: Sequence[TokenisedFact],
+    unit: str,
+    layers: Sequence[int],
+    sets: Sequence[Sequence[np.ndarray]],
+    queries: Sequence[Query],
+    room: Room,
+    bar: Any,
+) -> Float[np.ndarray, "fact query"]:
+    """What every query takes from the answer of some facts, in nats."""
+    clean = run_clean(model, make_batch(facts, model.device), unit)
+    base = clean.batch.value(clean.logits, logprob)[:, None]
+    rows = room.rows_of(max(len(fact.ids) for fact in facts), clean.plain_head)
+    size = max(1, rows // (len(facts) * clean.batch.tail))
+    found = np.zeros((len(facts), len(queries)))
+    for start in range(0, len(queries), size):
+        part = queries[start : start + size]
+        points = {layers[place]: value for place, value in _points(clean, layers, part, sets).items()}
+        values = base - run_queries(model, clean, unit, points, logprob)
+        found[:, start : start + len(part)] = values.double().cpu().numpy()
+        bar.update(len(facts) * len(part))
+    return found
 
 
 def _points(
@@ -78,7 +108,7 @@ def _batches(problem: Problem, room: Room) -> list[list[int]]:
     order = sorted(range(len(facts)), key=lambda i: (len(facts[i].answer_ids), len(facts[i].prompt_ids), i))
     batches: list[list[int]] = []
     for i in order:
-        together = batches and len(batches[-1]) < room.facts(len(facts[i].ids))
+        together = batches and len(batches[-1]) < min(FACTS, room.facts(len(facts[i].ids)))
         if together and len(facts[batches[-1][0]].answer_ids) == len(facts[i].answer_ids):
             batches[-1].append(i)
         else:

@@ -48,11 +48,16 @@ def gradient(problem: Problem) -> Iterator[Found]:
             f"The gradients of {len(tokens)} facts take {4 * each / 2**30:.2f} GiB a layer, more than the "
             f"{problem.budget / 2**30:.2f} GiB at hand: give more with memory=, or fewer facts."
         )
+    return _in_groups(problem, lengths, owner, at_once)
+
+
+def _in_groups(problem: Problem, lengths: Sequence[int], owner: Int[Tensor, " row"], at_once: int) -> Iterator[Found]:
+    """Layer by layer, with the activations of so many layers at a time."""
     for start in range(0, len(problem.layers), at_once):
         group = problem.layers[start : start + at_once]
         rows = _rows(problem, group, lengths)
         for layer in group:
-            yield _found(rows.pop(layer), owner, len(tokens), problem.generator(layer))
+            yield _found(rows.pop(layer), owner, len(lengths), problem.generator(layer))
 
 
 def _found(rows: Rows, owner: Int[Tensor, " row"], n_facts: int, generator: np.random.Generator) -> Found:

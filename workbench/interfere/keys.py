@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from workbench.interfere.moments import second_moments
+from workbench.interfere.moments import Moment, second_moments
 from workbench.interfere.nulls import largest_by_chance
 from workbench.interfere.problem import Found, Matrix, Problem
 from workbench.models import Patch, pad_batch
@@ -31,8 +31,13 @@ def superposition(problem: Problem) -> Iterator[Found]:
     deviations of general text. Its coordinates are as uncorrelated there as units are thought to be, which raw neurons
     are not; the matched null swaps those of similar mean size.
     """
-    keys, fallen_back = fact_keys(problem)
     text = second_moments(problem.opened, problem.passages, problem.layers, problem.budget, problem.progress)
+    return _superposition(problem, text)
+
+
+def _superposition(problem: Problem, text: Iterator[tuple[int, Moment]]) -> Iterator[Found]:
+    """Layer by layer, given the second moments of the keys of text."""
+    keys, fallen_back = fact_keys(problem)
     for place, (layer, moment) in enumerate(text):
         lower, shrinkage = moment.factor()
         white = torch.linalg.solve_triangular(lower, keys[place].double().T, upper=False).T.numpy()

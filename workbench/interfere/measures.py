@@ -1,8 +1,10 @@
 """`interference`: every measure asked for, layer by layer, with its nulls, intervals and corrections."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +21,7 @@ from workbench.interfere.overlap import cosine_overlap, jaccard_overlap
 from workbench.interfere.problem import Found, Matrix, Problem
 from workbench.intervals import DRAWS, benjamini_hochberg
 from workbench.models import HookedModel, check_unit
-from workbench.results import check_made_with, validate_interference
+from workbench.results import Parts, check_made_with, validate_interference
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Measure:
     """One way to say how much two facts interfere in a layer.
 
     Attributes:
-        find: gives every layer of a problem in turn.
+        find: refuses what it cannot measure, then gives every layer of a problem in turn.
         symmetric: whether it is the same from either fact.
         signed: whether values below 0 mean the opposite of those above.
         needs_model: whether it runs the model, or reads scores only.
@@ -66,6 +68,7 @@ def interference(
     seed: int = 0,
     text: Sequence[str] | None = None,
     memory: float | int | None = None,
+    parts: str | Path | None = None,
     progress: bool = True,
 ) -> xr.Dataset:
     """Measure how much every two facts interfere, layer by layer, against nulls.
@@ -83,6 +86,8 @@ def interference(
         seed: of all draws; written into the result.
         text: passages of general text for "superposition"; None is the shipped prose.
         memory: GiB that may be taken beside the model; None is half of what is free.
+        parts: folder in which the readings of "suppression", which takes long, are kept as they are made; a second
+            call goes on there.
         progress: show progress bars.
 
     Returns:
@@ -99,9 +104,13 @@ def interference(
         (layer, fact).
 
     Raises:
-        ValueError: fewer than two facts, an unknown metric, or an attribution of another model or of other facts.
+        ValueError: fewer than two facts, an unknown metric, an attribution of another model or of other facts, too
+            little memory or text for a measure, or parts of other work.
     """
     problem = _problem(model, facts, attribution, metrics, top, permutations, seed, text, memory, progress)
+    if "suppression" in metrics:
+        problem = replace(problem, parts=_kept(problem, parts))
+    streams = {name: METRICS[name].find(problem) for name in metrics}  # each refuses at once what it cannot do
     ids, relations = list(problem.facts.ids), np.array([fact.relation for fact in problem.facts])
     generator = np.random.default_rng(seed)
     shuffles = np.stack([generator.permutation(len(ids)) for _ in range(permutations)])
@@ -111,7 +120,7 @@ def interference(
     beside: dict[str, Any] = {}
     notes: dict[str, Any] = {}
     for place, name in enumerate(metrics):
-        layers = _filled(problem, name, value[place], beside, notes)
+        layers = _filled(streams[name], name, value[place], beside, notes, progress)
         for column, numbers in (layers | _tested(value[place], relations, near, shuffles, seed)).items():
             statistics.setdefault(column, []).append(numbers)
     columns = {name: (("metric", "layer"), np.stack(rows).astype(np.float32)) for name, rows in statistics.items()}
@@ -180,6 +189,18 @@ def _problem(
     return Problem(ordered, attribution, count, seed, model, passages, memory, progress)
 
 
+def _kept(problem: Problem, folder: str | Path | None) -> Parts:
+    """The parts of "suppression" that are there, of the same model, facts, scores and settings."""
+    if folder is None:
+        return Parts(None, {})
+    scores = hashlib.sha256()
+    for layer in problem.layers:
+        scores.update(np.ascontiguousarray(problem.scores(layer)).tobytes())
+    about: dict[str, Any] = {"model": problem.opened.digest, "facts": problem.facts.digest, "layers": problem.layers}
+    about |= {"unit": problem.attribution.attrs["unit"], "top": problem.top, "seed": problem.seed}
+    return Parts(folder, about | {"scores": scores.hexdigest()})
+
+
 def checked_metrics(
     metrics: Sequence[str], top: float | int = 1.0, permutations: int = 1, memory: float | int | None = None
 ) -> None:
@@ -200,12 +221,17 @@ def checked_metrics(
 
 
 def _filled(
-    problem: Problem, name: str, value: np.ndarray, beside: dict[str, Any], notes: dict[str, Any]
+    stream: Iterator[Found],
+    name: str,
+    value: np.ndarray,
+    beside: dict[str, Any],
+    notes: dict[str, Any],
+    progress: bool,
 ) -> dict[str, np.ndarray]:
     """Run one measure: its values into `value`, what comes with it into `beside` and `notes`; gives the two chances."""
     chance = {"chance": np.zeros(len(value)), "matched_chance": np.zeros(len(value))}
     n_facts = value.shape[-1]
-    layers = tqdm(METRICS[name].find(problem), total=len(value), unit="layer", desc=name, disable=not problem.progress)
+    layers = tqdm(stream, total=len(value), unit="layer", desc=name, disable=not progress)
     for place, found in enumerate(layers):
         value[place] = found.value
         notes.setdefault("unit_draws", {})[name] = len(found.largest)

@@ -81,7 +81,7 @@ def second_moments(
     The first token of a piece is left out: it is where models park attention, and its activations, a hundred times
     those of words, would be most of the moment. What was measured is kept in the cache by the digests of the model and
     of the text's tokens (`2 d_mlp^2` bytes a layer); layers are measured in groups that fit
-    `budget` bytes.
+    `budget` bytes. What is refused is refused at the call, before anything is measured.
 
     Raises:
         ValueError: no text, or a budget that does not hold one layer.
@@ -94,6 +94,13 @@ def second_moments(
             f"The keys' second moment of one layer of {model.name} takes {2 * each / 2**30:.2f} GiB, more than the "
             f"{budget / 2**30:.2f} GiB at hand: give more with memory=."
         )
+    return _in_groups(model, chunks, layers, size, progress)
+
+
+def _in_groups(
+    model: HookedModel, chunks: Sequence[Sequence[int]], layers: Sequence[int], size: int, progress: bool
+) -> Iterator[tuple[int, Moment]]:
+    """The moments, stored or measured, of so many layers at a time."""
     key = hashlib.sha256((model.digest + json.dumps(chunks)).encode()).hexdigest()
     folder = cache_folder("moments", key[:32])
     for start in range(0, len(layers), size):

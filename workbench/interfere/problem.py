@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from workbench.facts import FactSet, TokenisedFact
 from workbench.models import HookedModel, free_memory
+from workbench.results import Parts
 from workbench.tracing.spans import subject_tokens
 
 Scores = Float[np.ndarray, "fact unit"]
@@ -48,6 +49,7 @@ class Problem:
     passages: Sequence[str] = ()
     memory: float | int | None = None  # GiB
     progress: bool = False
+    parts: Parts = field(default_factory=lambda: Parts(None, {}))  # what is kept of unfinished work
 
     @property
     def layers(self) -> list[int]:
