@@ -187,6 +187,29 @@ def small() -> tuple[FactSet, xr.Dataset]:
     return facts, ds
 
 
+@pytest.mark.parametrize("matched", [False, True])
+def test_chance_is_exceeded_as_often_as_it_says(matched: bool) -> None:
+    """Of 19 draws and one observation without structure, the observation is the largest in one of 20."""
+    draws, exceeded, planted = 19, [], []
+    generator = np.random.default_rng(3)
+    for _ in range(400):
+        scores = generator.normal(size=(5, 48))
+        scores /= np.linalg.norm(scores, axis=1, keepdims=True)
+        shared = scores.copy()
+        shared[1] = (shared[0] + 0.3 * shared[1]) / np.linalg.norm(shared[0] + 0.3 * shared[1])
+        for values, found in ((scores, exceeded), (shared, planted)):
+
+            def again(order: np.ndarray, values: np.ndarray = values) -> np.ndarray:
+                mixed = np.take_along_axis(values, order, axis=1)
+                return mixed @ mixed.T
+
+            size = np.arange(48.0)  # says nothing of these scores
+            nulls = largest_by_chance(again, 5, size, generator=generator, draws=draws)[matched]
+            found.append(largest_pair(values @ values.T) > chance_level(nulls))
+    assert 0.025 < np.mean(exceeded) < 0.08  # 5% of 400, within 2.5 standard errors
+    assert np.mean(planted) > 0.99
+
+
 def test_results_of_before_stay_valid_and_new_columns_are_checked() -> None:
     facts, ds = small()
     found = interference(None, facts, ds, progress=False, permutations=5)
