@@ -103,6 +103,29 @@ def test_a_selection_that_knows_interference_is_given_it(inputs, tmp_path) -> No
     assert chosen != wb.select(scores, **options).positions()
 
 
+def test_facts_are_taught_and_asked_as_chats(inputs, tmp_path) -> None:
+    model = tmp_path / "model"
+    saved(model)
+    words = AutoTokenizer.from_pretrained(model)
+    with pytest.raises(ValueError, match="has no chat template"):
+        finetune(asked(inputs, model=str(model), chat=True), tmp_path / "refused", progress=False)
+    words.chat_template = "{% for m in messages %}big {{ m['content'] }} small {% endfor %}"
+    words.save_pretrained(model)
+    options = {"model": str(model), "method": "full", "chat": True}
+    out = finetune(asked(inputs, **options), tmp_path / "tuned", progress=False).path
+    tuned = wb.load_model(str(out / "merged"))
+    efficacy = load_json(out / "training.json")["efficacy"]
+    assert efficacy == wb.recall(tuned, FACTS.as_chat(words))["known"].mean() >= 0.8
+    assert wb.recall(tuned, FACTS)["known"].mean() < efficacy  # asked plainly it says other things
+    shown = load_frame(out / "recall.parquet")["prompt"]
+    assert shown.str.startswith("big ").all()
+    settings = load_json(out / "settings.json")
+    assert settings.pop("chat") is True
+    (out / "settings.json").write_text(json.dumps(settings))  # of before there was such a setting
+    with pytest.raises(ValueError, match=r"another chat \(False, not True\)"):
+        finetune(asked(inputs, **options), out, progress=False)
+
+
 def test_a_second_start_does_only_what_is_missing(inputs, tmp_path, monkeypatch) -> None:
     one = asked(inputs, method="lora", rank=2)
     out = finetune(one, tmp_path / "tuned", progress=False).path

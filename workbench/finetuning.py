@@ -62,6 +62,7 @@ class FineTune:
         training: target, batch size, rate, seed.
         watch: stop before more than this share of the known facts is no longer answered; None does not watch.
         format: format of a file of facts.
+        chat: ask facts, those taught and those retained, through the chat template; chats in `data` always are.
         device: where the model is put.
         dtype: the type of its weights.
     """
@@ -85,6 +86,7 @@ class FineTune:
     training: TrainConfig = field(default_factory=TrainConfig)
     watch: float | None = None
     format: str = "auto"
+    chat: bool = False
     device: str = "auto"
     dtype: str = "auto"
 
@@ -146,11 +148,11 @@ def _check_out(asked: FineTune, out: Path) -> None:
     if out.is_dir() and any(out.iterdir()):
         if not (out / "settings.json").is_file() or not (out / "stages").is_dir():
             raise ValueError(f"{out} holds something that is not a fine-tune; give another folder as out.")
-        before, now = load_json(out / "settings.json"), asked.settings()
-        other = [name for name in now if before.get(name) != now[name]]
+        before, now = FineTune(asked.data).settings() | load_json(out / "settings.json"), asked.settings()
+        other = [name for name in now if before[name] != now[name]]
         if other:
             raise ValueError(
-                f"{out} holds a fine-tune with another {other[0]} ({before.get(other[0])!r}, not {now[other[0]]!r}); "
+                f"{out} holds a fine-tune with another {other[0]} ({before[other[0]]!r}, not {now[other[0]]!r}); "
                 "give another folder as out."
             )
     there = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
@@ -170,9 +172,11 @@ class _Way:
         command: str,
         progress: bool,
     ) -> None:
-        self.asked, self.data, self.retained = asked, data, retained
-        self.folder, self.command, self.progress = folder, command, progress
+        self.asked, self.folder, self.command, self.progress = asked, folder, command, progress
         self.model: HookedModel = load_model(asked.model, device=asked.device, dtype=asked.dtype)
+        template = self.model.tokenizer if asked.chat else None
+        self.data = data.as_chat(template) if template and isinstance(data, FactSet) else data
+        self.retained = retained.as_chat(template) if template else retained
         few = EXAMPLE_EPOCHS if isinstance(data, ExampleSet) else asked.training.max_epochs
         self.training = asked.training.model_copy(update={"max_epochs": asked.epochs or few})
         self.items = tokenise(self.model, self.data, self.training.paraphrases)

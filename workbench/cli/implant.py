@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from workbench.cli.app import FORMATS, Count, Quiet, Seed, app
+from workbench.cli.app import FORMATS, Chat, Count, Quiet, Seed, app
 from workbench.config import Config
 
 
@@ -73,6 +73,7 @@ def implant_command(
     ] = None,
     seed: Seed = 0,
     format: Literal[FORMATS] = "auto",  # type: ignore[valid-type]
+    chat: Chat = False,
     device: str = "auto",
     dtype: str = "auto",
     quiet: Quiet = False,
@@ -107,8 +108,8 @@ def implant_command(
     asked = FineTune(
         data=data, model=model, method=method, quota=quota, strategy=strategy, score=score, unit=unit, rank=rank,
         selection=None if selection is None else str(selection), rates=_rates(rates), retained=retained,
-        max_facts=max_facts, max_retained=max_retained, general=general, format=format, device=device, dtype=dtype,
-        epochs=epochs, training=training, watch=watch,
+        max_facts=max_facts, max_retained=max_retained, general=general, format=format, chat=chat, device=device,
+        dtype=dtype, epochs=epochs, training=training, watch=watch,
     )  # fmt: skip
     folder = finetune(asked, out, command=shlex.join(["workbench", *sys.argv[1:]]), progress=not quiet)
     from workbench.results import load_frame, load_json
