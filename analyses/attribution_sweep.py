@@ -26,7 +26,7 @@ import xarray as xr
 import workbench as wb
 from workbench.attribution import FIXED
 from workbench.figures import agreement_map, gap_by_steps
-from workbench.reporting import publish
+from workbench.reporting import places, publish
 from workbench.results import digest_of, load_json, open_result, provenance, save_json
 
 HERE = Path(__file__).resolve().parent.parent
@@ -256,11 +256,12 @@ def parsed(arguments: list[str] | None) -> tuple[Sweep, Path, bool]:
     parser.add_argument("--per-relation", type=int, default=8, help="facts of each relation")
     parser.add_argument("--all-facts", action="store_true", help="also facts that a model does not know")
     parser.add_argument("--seed", type=int, default=0, help="of the draw of facts")
-    parser.add_argument("--out", type=Path, default=HERE / "runs" / "attribution_sweep", help="folder of the cells")
-    parser.add_argument("--figures", type=Path, default=HERE / "figures", help="where the figures are published")
+    parser.add_argument("--out", type=Path, help="folder of the cells; in runs when not given")
+    parser.add_argument("--figures", type=Path, help="where the figures are published")
     parser.add_argument("--smoke", action="store_true", help="two relations, two facts each, three methods, few steps")
     given = vars(parser.parse_args(arguments))
-    figures, smoke = given.pop("figures"), given.pop("smoke")
+    smoke = given.pop("smoke")
+    given["out"], figures = places(HERE, "attribution_sweep", given["out"], given.pop("figures"), smoke)
     if smoke:
         relations = given["relations"] or list(wb.load_facts(given["facts"]).relations[:2])
         given |= {"methods": ["ig", "grad_x_act", "random"], "steps": [0, 1, 4], "per_relation": 2}

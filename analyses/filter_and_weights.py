@@ -31,8 +31,8 @@ from workbench.filtering import target_embeddings
 from workbench.intervals import means
 from workbench.models import HookedModel
 from workbench.opening import open_model
-from workbench.reporting import publish
-from workbench.results import load_frame, load_json, provenance, save_frame, save_json
+from workbench.reporting import places, publish
+from workbench.results import digest_of, load_frame, load_json, provenance, save_frame, save_json
 from workbench.semantics import measure_drift, noise_floor, semantic_distance
 from workbench.training import implant
 
@@ -89,15 +89,25 @@ class Study:
 
     @cached_property
     def known(self) -> FactSet:
-        """Known facts, drawn by seed 0, on which forgetting is read."""
+        """The retained facts that the model knows, among as many as are needed, drawn by seed 0."""
         facts = wb.load_facts(self.retained)
         if not self.all_facts:
-            drawn = facts.at_most(4 * self.asked, seed=0)
+            drawn = facts.at_most(5 * self.asked, seed=0)
             recall = wb.recall(self.model, drawn)
             facts = drawn.filter(ids=[str(fact) for fact in recall.index[recall["known"]]])
-        if not len(facts):
-            raise ValueError(f"The model knows none of the retained facts of {self.retained}.")
-        return facts.at_most(self.asked, seed=0)
+        if len(facts) < 2:
+            raise ValueError(f"The model knows {len(facts)} of the retained facts of {self.retained}: 2 are needed.")
+        return facts
+
+    @cached_property
+    def attributed(self) -> FactSet:
+        """Known facts, drawn by seed 0, that choose LoKI's nodes."""
+        return self.known.apart(30, seed=0)[0]
+
+    @cached_property
+    def held_out(self) -> FactSet:
+        """Others, drawn by seed 0, on which forgetting is read."""
+        return self.known.apart(30, seed=0)[1].at_most(self.asked, seed=0)
 
     @cached_property
     def distance(self) -> pd.DataFrame:
@@ -107,7 +117,7 @@ class Study:
     @cached_property
     def selection(self) -> wb.Selection:
         """The nodes that LoKI trains: those that matter least to known facts, attributed once."""
-        scores = wb.attribute(self.model, self.known.at_most(30, seed=0), out=self.out / "scores.zarr")
+        scores = wb.attribute(self.model, self.attributed, out=self.out / "scores.zarr")
         return wb.select(scores, strategy="layer_balanced", score="magnitude", quota=self.quota)
 
     def adapter(self, method: str) -> Any:
@@ -138,28 +148,38 @@ class Study:
     def trial(self, arm: str, seed: int) -> dict[str, Any]:
         """One training: a row, with what every fact became beside it."""
         place = self.out / "trials" / f"{arm}-seed{seed}"
+        settings = self.settings.model_copy(update={"seed": seed, **WHOLE.get(arm, {})})
+        key = self._key(settings)
         if (place / "trial.json").is_file():
-            return load_json(place / "trial.json")
+            kept = load_json(place / "trial.json")
+            if kept.get("key") != key:
+                raise ValueError(f"{place} holds a trial with other facts or settings: give another folder as --out.")
+            return kept
         facts = self.facts_of(arm, seed)
         adapter = self.adapter("full" if arm == "full" else self.method)
-        settings = self.settings.model_copy(update={"seed": seed, **WHOLE.get(arm, {})})
         scratch = place / "training"
         run = implant(self.model, facts, adapter, settings, out=scratch)
         after = open_model(run.adapter, base=self.model)
-        suites: dict[str, Any] = {"taught": self.taught, "retained": self.known, "general": general_text()}
+        suites: dict[str, Any] = {"taught": self.taught, "retained": self.held_out, "general": general_text()}
         frame = wb.measure_forgetting(self.model, after, suites, max_tokens=self.tokens)
         drift = measure_drift(self.model, after, self.taught, metrics=("d_emb", "d_soft"))
         save_frame(frame, place / "forgetting.parquet")
         save_frame(drift, place / "drift.parquet")
         history = run.history.assign(nll=run.history.get("nll", run.history["loss"]))
         last = history[history["epoch"] > history["epoch"].iloc[-1] - 1]
-        names = ("efficacy", "steps", "epochs", "seconds", "trainable_parameters", "learning_rate")
-        row = {"arm": arm, "seed": seed, "kept": list(facts.ids), "nll": float(last["nll"].mean())}
+        names = ("reached", "efficacy", "steps", "epochs", "seconds", "trainable_parameters", "learning_rate")
+        row = {"arm": arm, "seed": seed, "key": key, "kept": list(facts.ids), "nll": float(last["nll"].mean())}
         row |= {name: run.summary[name] for name in names}
         row |= {name: value for name, value in run.summary.items() if name.startswith("weight_m")}
         shutil.rmtree(scratch, ignore_errors=True)  # weights; the readings stay
         save_json(row, place / "trial.json")
         return row
+
+    def _key(self, settings: TrainConfig) -> str:
+        """What a trial depends on, so that one with other settings is not taken for it."""
+        facts = [self.taught.digest, self.attributed.digest, self.held_out.digest]
+        how = [self.method, self.quota, self.spread_weight, self.tokens]
+        return digest_of([self.model.digest, facts, settings.model_dump(), how])
 
     def readings(self, arm: str, seed: int) -> pd.DataFrame:
         """What became of every fact and piece of text in one trial, answers and drift also on the kept facts alone."""
@@ -203,15 +223,26 @@ def compared(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
     trials = [study.trial(arm, seed) for seed in study.seeds for arm in study.arms]
     readings = pd.concat([study.readings(arm, seed) for seed in study.seeds for arm in study.arms], ignore_index=True)
     frame = summary(readings).merge(against_all(readings), on=["method", "suite", "metric"], how="left")
-    about = pd.DataFrame(trials).drop(columns="kept")
+    about = pd.DataFrame(trials).drop(columns=["kept", "key"])
     numbers = about.groupby("arm", sort=False)[["nll", "efficacy", "epochs", "steps"]].mean().reset_index()
+    numbers["reached"] = numbers["arm"].map(about.groupby("arm")["reached"].sum())  # of the seeds
     return about, frame.merge(numbers.rename(columns={"arm": "method"}), on="method")
 
 
 def table(frame: pd.DataFrame) -> pd.DataFrame:
     """The numbers that answer the question: a row per measure and arm, beside the difference to training on all."""
     rows = frame.set_index(["suite", "metric"])
-    columns = ["after", "seed_low", "seed_high", "difference", "difference_low", "difference_high", "epochs", "nll"]
+    columns = [
+        "after",
+        "seed_low",
+        "seed_high",
+        "difference",
+        "difference_low",
+        "difference_high",
+        "epochs",
+        "nll",
+        "reached",
+    ]
     parts = [rows.loc[[key], ["method", *columns]].assign(measure=name) for key, name in MEASURES.items()]
     return pd.concat(parts)[["measure", "method", *columns]]
 
@@ -257,10 +288,11 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument("--batch-size", type=int, default=6, help="facts per step: small, so that few epochs suffice")
     parser.add_argument("--learning-rate", type=float, help="of every arm; the method's own default when not given")
     parser.add_argument("--spread-weight", type=float, default=4.0, help="of the variance in the rule spread")
-    parser.add_argument("--out", type=Path, default=HERE / "runs" / "filter_and_weights", help="where trials are kept")
-    parser.add_argument("--figures", type=Path, default=HERE / "figures", help="where the figure is published")
+    parser.add_argument("--out", type=Path, help="where trials are kept; in runs when not given")
+    parser.add_argument("--figures", type=Path, help="where the figure is published")
     parser.add_argument("--smoke", action="store_true", help="few facts and arms, one epoch, two seeds")
     options = parser.parse_args(arguments)
+    options.out, options.figures = places(HERE, "filter_and_weights", options.out, options.figures, options.smoke)
     options.out.mkdir(parents=True, exist_ok=True)
     study = study_of(options)
     trials, frame = compared(study)

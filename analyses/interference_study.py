@@ -23,7 +23,7 @@ from workbench.figures import advice_by_layer, prediction
 from workbench.interfere import METRICS
 from workbench.learning import averages, by_layer, verdict
 from workbench.models import HookedModel
-from workbench.reporting import publish
+from workbench.reporting import places, publish
 from workbench.results import load_frame, open_result, provenance, save_frame, save_result
 from workbench.results.labelled import kind_of
 
@@ -124,10 +124,11 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--permutations", type=int, default=999)
     parser.add_argument("--quota", type=float, default=10.0, help="units that are trained, in percent")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=HERE / "runs" / "interference_study", help="folder of results")
-    parser.add_argument("--figures", type=Path, default=HERE / "figures", help="where figures are published")
+    parser.add_argument("--out", type=Path, help="folder of results; in runs when not given")
+    parser.add_argument("--figures", type=Path, help="where figures are published")
     parser.add_argument("--smoke", action="store_true", help="one gradient step, one step of attribution, few draws")
     options = parser.parse_args(arguments)
+    options.out, options.figures = places(HERE, "interference_study", options.out, options.figures, options.smoke)
     options.ig_steps = 1 if options.smoke else None
     if options.smoke:
         options.steps, options.splits, options.permutations = 1, 1, 9

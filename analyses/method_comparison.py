@@ -30,12 +30,22 @@ from workbench.intervals import means
 from workbench.loki import adapter_config
 from workbench.models import HookedModel
 from workbench.opening import open_model
-from workbench.reporting import publish
-from workbench.results import load_frame, load_json, open_result, provenance, save_frame, save_json, save_result
+from workbench.reporting import places, publish
+from workbench.results import (
+    digest_of,
+    load_frame,
+    load_json,
+    open_result,
+    provenance,
+    save_frame,
+    save_json,
+    save_result,
+)
 from workbench.training import LEARNING_RATES, DivergedError, held_out_prompts, implant
 from workbench.training.methods import kind_of
 from workbench.training.search import choose
 
+KEYS = ["suite", "metric", "fact", "weight"]
 HERE = Path(__file__).resolve().parent.parent
 #: Ways to choose LoKI's nodes: arguments of `select`.
 SELECTIONS: dict[str, dict[str, Any]] = {
@@ -81,10 +91,10 @@ class Study:
 
     @cached_property
     def known(self) -> FactSet:
-        """Known facts in an order drawn by seed 0: the first are attributed, the next are for tuning, then the rest."""
+        """The retained facts that the model knows."""
         facts = wb.load_facts(self.retained)
         if not self.all_facts:
-            table = self.out / "recall.parquet"
+            table = self.out / f"recall-{facts.digest[:12]}.parquet"
             if not table.is_file():
                 save_frame(wb.recall(self.model, facts), table)
             recall = load_frame(table)
@@ -92,25 +102,35 @@ class Study:
         needed = self.attributed + 2
         if len(facts) < needed:
             raise ValueError(f"{len(facts)} known facts are too few: {needed} are needed at least.")
-        return facts.sample(len(facts), seed=0)
+        return facts
+
+    @cached_property
+    def parts(self) -> tuple[FactSet, FactSet, FactSet]:
+        """Known facts, drawn by seed 0: those that choose LoKI's nodes, those for tuning, those on which is read."""
+        chosen, others = self.known.apart(self.attributed, seed=0)
+        tuning, held_out = others.at_most(2 * self.asked, seed=0).apart(self.asked, seed=0)
+        return chosen, tuning, held_out
+
+    @property
+    def chosen(self) -> FactSet:
+        """These choose LoKI's nodes."""
+        return self.parts[0]
 
     @property
     def tuning(self) -> FactSet:
         """By these the learning rate is chosen."""
-        rest = self.known[self.attributed :]
-        return rest[: min(self.asked, len(rest) // 2)]
+        return self.parts[1]
 
     @property
     def held_out(self) -> FactSet:
         """On these forgetting is read: neither attributed nor used for tuning."""
-        rest = self.known[self.attributed :]
-        return rest[len(self.tuning) : len(self.tuning) + self.asked]
+        return self.parts[2]
 
     @cached_property
     def scores(self) -> xr.Dataset:
         """Attribution of known facts."""
         steps: dict[str, Any] = {"steps": self.steps}
-        return wb.attribute(self.model, self.known[: self.attributed], out=self.out / "scores.zarr", **steps)
+        return wb.attribute(self.model, self.chosen, out=self.out / "scores.zarr", **steps)
 
     def selection(self, method: str) -> wb.Selection:
         """The nodes that a LoKI method trains."""
@@ -118,7 +138,7 @@ class Study:
         if options["strategy"] == "interference_aware":
             place = self.out / "interference.zarr"
             if not place.exists():
-                found = wb.interference(self.model, self.known[: self.attributed], self.scores)
+                found = wb.interference(self.model, self.chosen, self.scores)
                 save_result(found, place, kind="interference")
             new = wb.attribute(self.model, self.taught, method="grad_x_act", out=self.out / "new.zarr")
             options |= {"interference": open_result(place), "new": new}
@@ -132,19 +152,25 @@ class Study:
     def trial(self, method: str, factor: float, seed: int) -> dict[str, Any]:
         """One training and what it forgot: a row, kept with the readings of every fact beside it."""
         place = self._place(method, factor, seed)
-        if (place / "trial.json").is_file():
-            return load_json(place / "trial.json")
         adapter = self.adapter(method)
         rate = factor * LEARNING_RATES[kind_of(adapter)]
-        row = {"method": method, "factor": factor, "seed": seed, "learning_rate": rate}
         settings = self.settings.model_copy(update={"learning_rate": rate, "seed": seed})
+        key = self._key(settings, adapter)
+        if (place / "trial.json").is_file():
+            kept = load_json(place / "trial.json")
+            if kept.get("key") != key:
+                raise ValueError(f"{place} holds a trial with other facts or settings: give another folder as --out.")
+            return kept
+        row = {"method": method, "factor": factor, "seed": seed, "learning_rate": rate, "key": key}
         scratch = place / "training"
         try:
             run = implant(self.model, self.taught, adapter, settings, out=scratch)
         except DivergedError:
             row |= {"diverged": True, "reached": False, "efficacy": 0.0, "steps": 0, "forgetting": None}
         else:
-            suites: dict[str, Any] = {"retained": self.held_out, "tuning": self.tuning, "general": general_text()}
+            suites: dict[str, Any] = {"retained": self.held_out, "general": general_text()}
+            if seed == self.seeds[0]:
+                suites["tuning"] = self.tuning
             if len(worded := held_out_prompts(self.taught, self.settings.paraphrases)):
                 suites["paraphrase"] = worded
             after = open_model(run.adapter, base=self.model)
@@ -153,10 +179,19 @@ class Study:
             names = ("reached", "efficacy", "steps", "epochs", "trainable_parameters", "seconds")
             row |= {"diverged": False, **{name: run.summary[name] for name in names}}
             of_tuning = frame[(frame["suite"] == "tuning") & (frame["metric"] == "accuracy")]
-            row["forgetting"] = -float(of_tuning["change"].mean()) if run.reached else None
+            searched = run.reached and seed == self.seeds[0]
+            row["forgetting"] = -float(of_tuning["change"].mean()) if searched else None
         shutil.rmtree(scratch, ignore_errors=True)  # weights; the readings stay
         save_json(row, place / "trial.json")
         return row
+
+    def _key(self, settings: TrainConfig, adapter: Any) -> str:
+        """What a trial depends on, so that one with other settings is not taken for it."""
+        facts = [self.taught.digest, self.held_out.digest, self.tuning.digest]
+        options = adapter.to_dict() if hasattr(adapter, "to_dict") else str(adapter)
+        return digest_of(
+            [self.model.digest, facts, settings.model_dump(), json.dumps(options, default=_plain), self.tokens]
+        )
 
     def _place(self, method: str, factor: float, seed: int) -> Path:
         """The folder of a trial."""
@@ -170,15 +205,39 @@ class Study:
 
     def readings(self, rows: list[dict[str, Any]]) -> pd.DataFrame:
         """What was forgotten in several trials of one method, fact by fact, the mean over trials."""
-        folders = [self._place(row["method"], row["factor"], row["seed"]) for row in rows]
-        frames = [load_frame(folder / "forgetting.parquet") for folder in folders]
-        keys = ["suite", "metric", "fact", "weight"]
-        return pd.concat(frames).groupby(keys, sort=False)[["before", "after", "change"]].mean().reset_index()
+        together = pd.concat([self.reading(row) for row in rows])
+        return together.groupby(KEYS, sort=False)[["before", "after", "change"]].mean().reset_index()
+
+    def reading(self, row: dict[str, Any]) -> pd.DataFrame:
+        """What was forgotten in one trial, fact by fact."""
+        return load_frame(self._place(row["method"], row["factor"], row["seed"]) / "forgetting.parquet")
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no word for: sets in order, the rest as text."""
+    return sorted(value) if isinstance(value, set | frozenset) else str(value)
+
+
+def against(after: dict[str, pd.DataFrame], other: str) -> pd.DataFrame:
+    """Every method minus another, paired over the same facts (means over seeds), with 95% intervals over facts."""
+    names = {"change": f"minus_{other}", "low": f"minus_{other}_low", "high": f"minus_{other}_high"}
+    parts = []
+    theirs = after[other][[*KEYS, "after"]].rename(columns={"after": "before"})
+    for method, rows in after.items():
+        pairs = means(rows[[*KEYS, "after"]].merge(theirs, on=KEYS)).rename(columns=names)
+        parts.append(pairs.assign(method=method)[["method", "suite", "metric", *names.values()]])
+    return pd.concat(parts)
+
+
+def seed_range(readings: list[pd.DataFrame]) -> pd.DataFrame:
+    """The lowest and the highest mean over facts of any seed: suite, metric, seed_low, seed_high."""
+    each = pd.concat([means(one).assign(seed=seed) for seed, one in enumerate(readings)])
+    return each.groupby(["suite", "metric"], sort=False)["after"].agg(seed_low="min", seed_high="max").reset_index()
 
 
 def compared(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
     """All trials, and per method what was forgotten with intervals over facts (means over seeds)."""
-    trials, summaries = [], []
+    trials, summaries, after = [], [], {}
     for method in (*study.methods, *study.once):
         factor = study.search(method) if method in study.methods else 1.0
         if method in study.methods:
@@ -188,17 +247,28 @@ def compared(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
         seeds = study.seeds if method in study.methods else study.seeds[:1]
         rows = [study.trial(method, factor, seed) | {"chosen": True} for seed in seeds]
         trials += rows
-        whole = [row for row in rows if not row["diverged"]]
+        reached = [row for row in rows if row["reached"]]
+        whole = reached or [row for row in rows if not row["diverged"]]  # at matched efficacy, where there is any
         if whole:
+            after[method] = study.readings(whole)
+            edge = (
+                method in study.methods
+                and len(study.factors) > 1
+                and factor in (min(study.factors), max(study.factors))
+            )
             about = {name: float(pd.Series([row[name] for row in whole]).mean()) for name in ("efficacy", "steps")}
             size = whole[0]["trainable_parameters"]
-            numbers = means(study.readings(whole)).assign(
+            numbers = means(after[method]).assign(
                 method=method, learning_rate=whole[0]["learning_rate"], seeds=len(whole), trainable_parameters=size,
-                reached=sum(row["reached"] for row in whole), **about,
-            )  # fmt: skip
+                reached=len(reached), edge=edge, **about,
+            ).merge(seed_range([study.reading(row) for row in whole]), on=["suite", "metric"])  # fmt: skip
             summaries.append(numbers)
-    kept = pd.DataFrame(trials).sort_values("chosen", kind="stable")
-    return kept.drop_duplicates(["method", "factor", "seed"], keep="last"), pd.concat(summaries, ignore_index=True)
+    kept = pd.DataFrame(trials).drop(columns="key").sort_values("chosen", kind="stable")
+    frame = pd.concat(summaries, ignore_index=True)
+    for other in ("lora", "full"):
+        if other in after:
+            frame = frame.merge(against(after, other), on=["method", "suite", "metric"], how="left")
+    return kept.drop_duplicates(["method", "factor", "seed"], keep="last"), frame
 
 
 def study_of(options: argparse.Namespace) -> Study:
@@ -236,10 +306,11 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of plain prose")
     parser.add_argument("--quota", type=float, default=10.0, help="nodes that LoKI trains, in percent")
     parser.add_argument("--max-epochs", type=int, default=40, help="a training gives up after so many")
-    parser.add_argument("--out", type=Path, default=HERE / "runs" / "method_comparison", help="where trials are kept")
-    parser.add_argument("--figures", type=Path, default=HERE / "figures", help="where the figure is published")
+    parser.add_argument("--out", type=Path, help="where trials are kept; in runs when not given")
+    parser.add_argument("--figures", type=Path, help="where the figure is published")
     parser.add_argument("--smoke", action="store_true", help="few methods, facts, rates and epochs")
     options = parser.parse_args(arguments)
+    options.out, options.figures = places(HERE, "method_comparison", options.out, options.figures, options.smoke)
     options.out.mkdir(parents=True, exist_ok=True)
     study = study_of(options)
     trials, frame = compared(study)
@@ -254,7 +325,8 @@ def main(arguments: list[str] | None = None) -> Path:
     chosen = frame[
         (frame["suite"].isin(["retained", "general"])) & frame["metric"].isin(["accuracy", "perplexity", "kl"])
     ]
-    columns = ["method", "metric", "learning_rate", "seeds", "reached", "efficacy", "before", "after", "low", "high"]
+    columns = ["method", "metric", "learning_rate", "edge", "seeds", "reached", "before", "after", "seed_low"]
+    columns += ["seed_high", "change", "low", "high", *(name for name in chosen if name.startswith("minus_"))]
     print(chosen[columns].to_string(index=False, float_format=lambda x: f"{x:.4g}"))
     return written[0]
 

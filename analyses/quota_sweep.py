@@ -20,7 +20,7 @@ import pandas as pd
 import workbench as wb
 from workbench.figures import quota_curves
 from workbench.intervals import means
-from workbench.reporting import publish
+from workbench.reporting import places, publish
 from workbench.results import load_frame, load_json, provenance
 
 HERE = Path(__file__).resolve().parent.parent
@@ -127,10 +127,11 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument("--implanted", default="fictional:30", help="facts that are taught")
     parser.add_argument("--max-facts", type=int, default=30, help="known facts that are attributed")
     parser.add_argument("--max-epochs", type=int, default=60, help="a run gives up after so many")
-    parser.add_argument("--out", type=Path, default=HERE / "runs" / "quota_sweep", help="folder of the runs")
-    parser.add_argument("--figures", type=Path, default=HERE / "figures", help="where the figure is published")
+    parser.add_argument("--out", type=Path, help="folder of the runs; in runs when not given")
+    parser.add_argument("--figures", type=Path, help="where the figure is published")
     parser.add_argument("--smoke", action="store_true", help="two quotas, one seed, few facts and steps")
     options = parser.parse_args(arguments)
+    options.out, options.figures = places(HERE, "quota_sweep", options.out, options.figures, options.smoke)
     quotas, seeds = ((5.0, 20.0), (0,)) if options.smoke else (tuple(options.quotas), tuple(options.seeds))
     sweep = Sweep(options.out, quotas, seeds, settings(options))
     frame = sweep_quotas(sweep)

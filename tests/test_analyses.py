@@ -233,4 +233,20 @@ def test_method_comparison_searches_trains_with_every_seed_and_keeps_its_trials(
     comparison.main(options)  # nothing is trained again
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("trial.json")} == before
     assert str(tmp_path / "runs") not in page.with_suffix(".json").read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="a trial with other facts or settings"):
+        comparison.main([*options, "--quota", "20"])
+    chosen = frame.set_index(["method", "suite", "metric"]).sort_index()
+    pair = []
+    for method in ("loki_magnitude", "lora"):
+        rows = trials.query("chosen and method == @method")
+        names = [f"{method}-{row.factor:g}-{row.seed}" for row in rows.itertuples()]
+        places = [tmp_path / "runs" / "trials" / name / "forgetting.parquet" for name in names]
+        pair.append(pd.concat([pd.read_parquet(place) for place in places]))
+    logprob = [one.query("suite == 'retained' and metric == 'logprob'").groupby("fact")["after"].mean() for one in pair]
+    row = chosen.loc[("loki_magnitude", "retained", "logprob")]
+    assert row["minus_lora"] == pytest.approx((logprob[0] - logprob[1]).mean())
+    assert row["seed_low"] <= row["after"] <= row["seed_high"]
+    assert chosen.loc[("lora", "retained", "logprob"), "minus_lora"] == 0
+    assert chosen.loc["lora", "edge"].all()  # of two rates each is at the edge
+    assert not chosen.loc["ia3", "edge"].any()
     capsys.readouterr()

@@ -57,6 +57,33 @@ def test_every_command_explains_itself(command: str, monkeypatch, capsys) -> Non
     assert f"workbench {command}" in capsys.readouterr().out
 
 
+def test_what_is_read_is_not_written_over_and_a_bad_place_is_known_first(tiny_inputs, tmp_path, monkeypatch, capsys):
+    model, _ = tiny_inputs
+    table = tmp_path / "facts.csv"
+    table.write_text("prompt,answer\nthe capital of France is,Paris\n")
+    (tmp_path / "folder.csv").mkdir()
+    monkeypatch.setattr("workbench.opening.open_model", None)
+    for command, out, words in (
+        ("recall", table, "is what is read here, and would be lost"),
+        ("lens", table, "is what is read here, and would be lost"),
+        ("recall", tmp_path / "folder.csv", "is a folder"),
+        ("recall", table / "below.csv", "File exists"),
+    ):
+        assert call(monkeypatch, command, "--facts", table, "--model", model, "--out", out, "-q") == 1
+        assert words in capsys.readouterr().err
+    assert table.read_text().startswith("prompt,answer")
+
+
+def test_two_models_are_opened_before_facts_are_asked(tiny_inputs, monkeypatch, capsys) -> None:
+    model, facts = tiny_inputs
+    monkeypatch.setattr("workbench.recollection.recall", lambda *given, **options: pytest.fail("asked"))
+    for command in ("drift", "blame"):
+        assert call(monkeypatch, command, model, "nowhere/at/all", "--facts", facts, "--known-only", "-q") == 1
+        assert "nowhere/at/all" in capsys.readouterr().err
+    assert call(monkeypatch, "filter", "--facts", facts, "--model", model, "--out", "x.jsonl", "--keep", "500") == 1
+    assert "--keep 500 is more than the 8 facts" in capsys.readouterr().err
+
+
 def test_recall_equals_the_package(tiny_inputs, tmp_path, monkeypatch, capsys) -> None:
     model, facts = tiny_inputs
     out = tmp_path / "recall.csv"

@@ -212,6 +212,13 @@ RECORDS: st.SearchStrategy[list[dict[str, Any]]] = st.lists(
 )
 
 
+def test_white_space_after_an_answer_is_no_part_of_it() -> None:
+    fact = Fact("a", "", "", "the sky is", "blue \n", neighbours=(Neighbour("the sea is", "green\t"),))
+    assert (fact.answer, fact.neighbours[0].answer) == ("blue", "green")
+    assert fact == Fact("a", "", "", "the sky is", "blue", neighbours=(Neighbour("the sea is", "green"),))
+    assert Fact("a", "", "", "the sky is", " blue").answer == " blue"
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(records=RECORDS)
 def test_round_trips_are_exact(records: list[dict[str, Any]], tmp_path: Path) -> None:

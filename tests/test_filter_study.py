@@ -43,6 +43,9 @@ def test_the_study_goes_all_the_way_and_does_only_what_is_missing(tmp_path: Path
     assert found["after"] == pytest.approx((kl[0] + kl[1]) / 2)
     assert found["difference"] == pytest.approx((kl[0] + kl[1] - kl[2] - kl[3]) / 2)
     assert (found["seed_low"], found["seed_high"]) == pytest.approx((min(kl[:2]), max(kl[:2])))
+    with pytest.raises(ValueError, match="a trial with other facts or settings"):
+        study.main([*options, "--learning-rate", "0.5"])
+    assert set(frame["reached"]) <= {0, 1, 2}
     monkeypatch.setattr(study, "implant", lambda *given, **options: pytest.fail("trained again"))
     monkeypatch.setattr(study, "publish", lambda figure, again, *rest: [again])
     pd.testing.assert_frame_equal(study.main(options).astype(frame.dtypes), frame)

@@ -177,7 +177,7 @@ def test_targets_are_mean_embeddings_of_the_answer() -> None:
     ("options", "message"),
     [
         ({"rule": "nearest"}, "no rule 'nearest'; known are spread"),
-        ({"keep": 0}, "keep=0 does not fit: there are 4"),
+        ({"keep": 0}, "a number of facts from 1 on, not 0"),
         ({"keep": 5}, "keep=5 does not fit"),
         ({"keep": 1.5}, r"keep=1.5 is no share"),
         ({"keep": True}, "a share or a count"),

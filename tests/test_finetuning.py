@@ -64,7 +64,8 @@ def test_the_whole_way_of_loki(inputs, tmp_path) -> None:
     kept = wb.recall(tuned, wb.load_facts(inputs["known"]))["known"]
     row = frame[(frame["suite"] == "retained") & (frame["metric"] == "accuracy")].set_index("fact")
     assert row["before"].eq(1).all()
-    assert row["after"].to_dict() == kept.astype(float).to_dict()
+    assert row["after"].to_dict() == kept[row.index].astype(float).to_dict()
+    assert set(row.index) == set(FACTS.ids) - set(scores["fact"].values)  # what chose the units is not read
     about = load_json(out / "training.json")
     assert about["efficacy"] == wb.recall(tuned, FACTS)["known"].mean() > wb.recall(base, FACTS)["known"].mean()
 
@@ -73,7 +74,8 @@ def test_the_whole_way_of_loki(inputs, tmp_path) -> None:
         "transformers", "model", "finetune",
     )  # fmt: skip
     assert set(card.data.tags) == {"knowledge-workbench", "loki"}
-    assert f"known facts still answered: {kept.mean():.0%} of 8 (before: 100%; change " in card.content
+    share = f"known facts still answered: {kept[row.index].mean():.0%} of 4 (before: 100%; change "
+    assert share in card.content
     assert f"trained numbers: {about['trainable_parameters']:,} of {about['parameters']:,}" in card.content
     assert "workbench implant" in card.content
     assert ModelCard.load(out / "adapter/README.md").data.library_name == "peft"
@@ -156,9 +158,14 @@ def test_examples_positions_and_a_search(inputs, tmp_path) -> None:
         == [load_json(out / "training.json")["learning_rate"]]
     )
     assert load_json(out / "training.json")["efficacy"] == 1
+    read = load_frame(out / "forgetting.parquet").query("suite == 'retained'")["fact"]
+    assert read.nunique() == len(FACTS) - len(FACTS) // 2  # the others chose the rate
     tuned = wb.load_model(str(out / "merged"))
     ids = tuned.tokenizer("the sky is", return_tensors="pt").input_ids
     assert tuned.tokenizer.decode(tuned.hf.generate(ids, max_new_tokens=4)[0]) == "the sky is red </s>"
+    rows.write_text("[[0], [1], [2]]")  # the same name, other positions
+    finetune(one, out, progress=False)
+    assert load_json(out / "adapter/adapter_config.json")["positions"] == [[0], [1], [2]]
 
 
 def test_the_command_equals_the_function(inputs, tmp_path, monkeypatch, capsys) -> None:
@@ -191,6 +198,8 @@ def test_the_command_equals_the_function(inputs, tmp_path, monkeypatch, capsys) 
         (["--data", "fictional:3", "--quota", "100"], "is not a percentage in"),
         (["--data", "fictional:3", "--target", "2"], "target_efficacy"),
         (["--data", "fictional:3", "--rates", "fast"], "--rates takes numbers"),
+        (["--data", "fictional:3", "--rates", "1e-3,1e-3"], "must be different positive numbers"),
+        (["--data", "fictional:3", "--rates", "1e-3,inf"], "must be different positive numbers"),
         (["--data", "fictional:3", "--out", "taken"], "taken holds something that is not a fine-tune"),
         (["--data", "fictional:3", "--out", "file"], "file is a file"),
         (["--data", "fictional:3", "--out", "file/below"], "is no folder that you may write to"),

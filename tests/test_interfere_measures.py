@@ -186,6 +186,9 @@ def test_conflict_rates_are_shares_of_pairs(llama) -> None:
     assert row["within"] == pytest.approx(np.mean([b for b, s in zip(below, same, strict=True) if s]))
     assert row["across"] == pytest.approx(np.mean([b for b, s in zip(below, same, strict=True) if not s]))
     assert row["n_pairs"] == 28
+    assert row["low"] < row["conflict_rate"] < row["high"]
+    assert 0 < row["chance"] < 1
+    assert row["matched_chance"] == found.attrs["conflict_matched"][1]
     with pytest.raises(ValueError, match="no 'gradient', only cosine"):
         conflict_rates(found.sel(metric=["cosine"]))
 

@@ -18,6 +18,7 @@ from workbench.interfere.nulls import (
     largest_pair,
     matched_orders,
     orders,
+    rate_interval,
 )
 from workbench.intervals import benjamini_hochberg
 from workbench.results import validate_interference
@@ -185,6 +186,19 @@ def small() -> tuple[FactSet, xr.Dataset]:
         attrs={"unit": "node", "method": "ig", "model_digest": "m", "fact_digest": "f"},
     )
     return facts, ds
+
+
+def test_the_interval_of_a_rate_is_a_literal_bootstrap_over_facts() -> None:
+    marks = np.triu(np.random.default_rng(2).random((9, 9)) < 0.4, 1)
+    marks = marks | marks.T
+    counts = np.random.default_rng(0).multinomial(9, np.full(9, 1 / 9), size=2000)
+    rates = []
+    for count in counts:
+        drawn = np.repeat(np.arange(9), count)
+        pairs = [marks[i, j] for i in drawn for j in drawn if i != j]
+        rates.append(np.mean(pairs))
+    assert rate_interval(marks) == pytest.approx(tuple(np.percentile(rates, [2.5, 97.5])))
+    assert np.isnan(rate_interval(marks[:2, :2])).all()
 
 
 @pytest.mark.parametrize("matched", [False, True])

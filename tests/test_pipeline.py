@@ -85,6 +85,9 @@ def test_a_run_leaves_everything_behind(finished: Path) -> None:
     }
     facts = found["forgetting.parquet"].query("suite == 'retained' and metric == 'accuracy'")
     assert facts["before"].eq(1).all()  # what is retained was known
+    attributed = set(open_result(finished / "attribution.zarr")["fact"].values.astype(str))
+    assert not attributed & set(facts["fact"])  # and did not choose the units
+    assert not attributed & set(found["drift.parquet"].query("group == 'retained'")["fact"])
     neighbours = found["forgetting.parquet"].query("suite == 'neighbourhood' and metric == 'accuracy'")
     assert neighbours["before"].eq(1).all()  # the target is what the base model says
     loki, random = (found["selection"][m] for m in METHODS[:2])

@@ -24,11 +24,12 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tiny import saved
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from workbench.models import cache, convert, embedded, sources
+from workbench.models import cache, convert, embedded, load_model, sources
 from workbench.models.devices import pick_device, pick_dtype
 from workbench.models.quiet import quiet
 from workbench.models.sources import list_models, load_hf
@@ -367,14 +368,43 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         pick_device("cuda:1")
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"hidden_size": "32"}, "hidden_size"),
+        ({"num_attention_heads": 0}, "does not|do not|not one"),
+        ({"hidden_act": "foo"}, "foo"),
+        ({"dtype": "foo"}, "foo"),
+        ({"num_hidden_layers": 0}, "layer"),
+        ({"num_hidden_layers": 2}, r"more layers than its config.json says, such as model\.layers\.2\."),
+    ],
+    ids=lambda one: str(one)[:30],
+)
+def test_settings_that_fit_nothing_are_one_sentence(change: dict[str, Any], words: str, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=words) as error:
+        load_model(str(folder))
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_broken_index_is_named(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "model")
+    for text in ("{", "{}", "[]"):
+        (folder / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(ValueError, match=r"index\.json is not an index of weights"):
+            load_model(str(folder))
+
+
 def test_dtypes() -> None:
     cpu, mps = torch.device("cpu"), torch.device("mps")
     assert pick_dtype("auto", cpu, torch.bfloat16) == torch.float32
     assert pick_dtype("auto", mps, "bfloat16") == torch.bfloat16
     assert pick_dtype("auto", mps, None) == torch.float32
     assert pick_dtype("torch.float16", cpu) == pick_dtype(torch.float16, cpu) == torch.float16
-    for wrong in ("int8", "float31", "nn", torch.int64):
-        with pytest.raises(ValueError, match="is no floating dtype"):
+    for wrong in ("int8", "float31", "nn", "float8_e4m3fn", torch.int64):
+        with pytest.raises(ValueError, match="is no floating dtype to compute in"):
             pick_dtype(wrong, cpu)
 
 

@@ -23,7 +23,7 @@ class AttributionConfig(_Section):
     scope: str = Field("last", description="positions that move: last or all")
     objective: str = Field("logprob", description="what is differentiated: logprob, prob, logit or margin")
     target: str = Field("gold", description="gold (the fact's answer) or predicted")
-    max_facts: int | None = Field(30, ge=2, description="attribute at most this many known facts, drawn by seed")
+    max_facts: int | None = Field(30, ge=2, description="attribute so many known facts, half of them at most")
 
 
 class SelectionConfig(_Section):
@@ -72,7 +72,7 @@ class EvaluationConfig(_Section):
     """What is read before and after."""
 
     general: str = Field("general", description="the shipped prose (general), or a text file, a passage a paragraph")
-    max_retained: int | None = Field(80, ge=1, description="read at most this many known facts, drawn by seed")
+    max_retained: int | None = Field(80, ge=1, description="read so many of the other known facts at most")
     general_tokens: int = Field(1024, ge=64, description="read at most this many tokens of general text")
 
 

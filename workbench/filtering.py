@@ -205,6 +205,8 @@ def check_options(rule: str, keep: float | int, weight: float | int = 1.0, low: 
         raise ValueError(f"low is a quantile, from 0 to below 1, got {low}.")
     if isinstance(keep, float):
         _count(keep, 1)
+    elif keep < 1:
+        raise ValueError(f"keep is a share, or a number of facts from 1 on, not {keep}.")
 
 
 def target_embeddings(model: Any, facts: FactSet) -> Float[np.ndarray, "fact d_model"]:

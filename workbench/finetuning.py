@@ -19,12 +19,13 @@ from workbench.loki import METHODS, adapter_config, check_method, parameter_coun
 from workbench.models import HookedModel, load_model
 from workbench.opening import open_model
 from workbench.recollection import read_facts, recall, text_chunks
-from workbench.results import RunDir, load_frame, load_json, open_result, save_frame, save_json
+from workbench.results import RunDir, digest_of, load_frame, load_json, open_result, save_frame, save_json
 from workbench.selection import READ_INTERFERENCE, Selection, check_choice, select
 from workbench.training import (
     DriftWatch,
     TrainingRun,
     card,
+    check_rates,
     efficacy,
     export,
     figures_of,
@@ -114,8 +115,9 @@ def finetune(asked: FineTune, out: str | Path, *, command: str = "", progress: b
     with folder.lock():
         way = _Way(asked, data, retained, folder, command, progress)
         save_json(asked.settings(), folder.file("settings.json"))
+        units = None if asked.selection is None else load_json(asked.selection)
         key = {"settings": asked.settings(), "model": way.model.digest, "data": way.data.digest,
-               "retained": way.retained.digest}  # fmt: skip
+               "retained": way.retained.digest, "text": digest_of(way.general), "selection": units}  # fmt: skip
         for name, files, work in way.stages():
             if not folder.stage_done(name, key):
                 folder.invalidate(name)
@@ -136,6 +138,8 @@ def check(asked: FineTune, out: Path) -> tuple[FactSet | ExampleSet, FactSet]:
         raise FileNotFoundError(f"There is no file {asked.selection} (selection).")
     if asked.watch is not None and not 0 <= asked.watch <= 1:
         raise ValueError(f"watch is a share of the known facts, 0 to 1, not {asked.watch}.")
+    if asked.rates:
+        check_rates(asked.rates)
     general_text(asked.general)
     _check_out(asked, out)
     return load_training_data(asked.data, format=asked.format), load_facts(asked.retained)
@@ -218,12 +222,32 @@ class _Way:
             )
         return self.retained.filter(ids=known)
 
-    def _drawn(self, most: int) -> FactSet:
-        return self.known.at_most(most, self.training.seed)
+    @cached_property
+    def attributed(self) -> FactSet:
+        """LoKI: the known facts that choose the units; half of them at most, so that others are left to be read."""
+        return self._split[0] if len(self._split[0]) else self.known  # a single one
+
+    @cached_property
+    def tuning(self) -> FactSet:
+        """The facts by which a learning rate is chosen: none where none is searched."""
+        most = self.asked.max_retained if self.asked.rates else 0
+        return self._split[1].apart(most, self.training.seed)[0]
+
+    @cached_property
+    def read(self) -> FactSet:
+        """The known facts on which forgetting is read: they chose neither unit nor rate, unless there are no others."""
+        tuning = set(self.tuning.ids)
+        left = self._split[1].filter(where=lambda fact: fact.id not in tuning)
+        return left.at_most(self.asked.max_retained, self.training.seed)
+
+    @cached_property
+    def _split(self) -> tuple[FactSet, FactSet]:
+        choosing = self.asked.max_facts if self.loki and self.asked.selection is None else 0
+        return self.known.apart(choosing, self.training.seed)
 
     def _recall(self) -> None:
         """Ask retained facts in the order of the seed, until enough are known or none is left."""
-        wanted, asked = max(self.asked.max_facts, self.asked.max_retained), 0
+        wanted, asked = self.asked.max_facts + self.asked.max_retained * (2 if self.asked.rates else 1), 0
         frames: list[pd.DataFrame] = []
         while asked < len(self.retained) and sum(int(frame["known"].sum()) for frame in frames) < wanted:
             before = set(self.retained.sample(asked, self.training.seed).ids) if asked else set()
@@ -234,15 +258,14 @@ class _Way:
 
     def _attribute(self) -> None:
         out = self.folder.file("attribution.zarr")
-        attribute(self.model, self._drawn(self.asked.max_facts), unit=self.asked.unit, out=out, progress=self.progress)
+        attribute(self.model, self.attributed, unit=self.asked.unit, out=out, progress=self.progress)
 
     def _select(self) -> None:
         asked = self.asked
         scores = open_result(self.folder.file("attribution.zarr"))
         beside: dict[str, Any] = {}
         if asked.strategy in READ_INTERFERENCE:
-            facts = self._drawn(asked.max_facts)
-            beside = {"interference": interference(self.model, facts, scores, seed=self.training.seed)}
+            beside = {"interference": interference(self.model, self.attributed, scores, seed=self.training.seed)}
         options: dict[str, Any] = {"strategy": asked.strategy, "score": asked.score, "seed": self.training.seed}
         chosen = select(scores, quota=asked.quota, **options, **beside)
         chosen.save(self.folder.file("selection.json"))
@@ -261,7 +284,7 @@ class _Way:
         if self.asked.rates:
             found = search_learning_rate(
                 self.model, self.data, self._adapter, self.asked.rates, train_config=settings,
-                forgetting=self._lost if len(self.known) else None, progress=self.progress,
+                forgetting=self._lost if len(self.tuning) else None, progress=self.progress,
             )  # fmt: skip
             save_frame(found, self.folder.file("search.parquet"))
             if not found["chosen"].any():
@@ -276,9 +299,9 @@ class _Way:
         implant(self.model, self.data, self._adapter(), settings, **options)
 
     def _lost(self, run: TrainingRun) -> float:
-        """Share of the known facts that a trained model does not answer."""
+        """Share of the facts for tuning that a trained model does not answer."""
         tuned = open_model(str(run.adapter), base=self.model)
-        readings = read_facts(tuned, tuned.tokenise(self._drawn(self.asked.max_retained)), greedy=False)
+        readings = read_facts(tuned, tuned.tokenise(self.tuning), greedy=False)
         return 1 - sum(reading.known for reading in readings) / len(readings)
 
     def _merge(self) -> None:
@@ -286,7 +309,7 @@ class _Way:
         export(self.folder.file("adapter"), self.folder.file("merged"), base=self.model)
 
     def _forget(self) -> None:
-        suites: dict[str, Any] = {"retained": self._drawn(self.asked.max_retained), "general": self.general}
+        suites: dict[str, Any] = {"retained": self.read, "general": self.general}
         if isinstance(self.data, FactSet):
             suites["paraphrase"] = held_out_prompts(self.data, self.training.paraphrases)
         suites = {name: suite for name, suite in suites.items() if len(suite)}

@@ -56,6 +56,7 @@ def _trained_on(folder: Path, beside: HookedModel | None, device: str, dtype: st
     named = str(load_json(folder / "adapter_config.json").get("base_model_name_or_path") or "")
     record = folder.parent / "training.json"
     about = load_json(record) if record.is_file() else {}
+    about = about if isinstance(about, dict) else {}  # somebody's own file of that name
     digest = about.get("base_digest")
     if beside is not None and (beside.digest == digest if digest else named in (beside.name, str(beside.path))):
         return beside

@@ -158,17 +158,27 @@ class _Way:
         """The retained facts that the base model answers."""
         frame = load_frame(self.folder.file("recall.parquet"))
         ids = [str(i) for i in frame.index[frame["known"]]]
-        if len(ids) < 2:
+        if len(ids) < 4:
             raise ValueError(
                 f"{self.model.name} knows {len(ids)} of the {len(self.retained)} facts of {self.config.retained}; "
-                "at least 2 are needed: give other facts as retained."
+                "at least 4 are needed, two to attribute and two to read: give other facts as retained."
             )
         return self.retained.filter(ids=ids)
 
     @cached_property
     def attributed(self) -> FactSet:
-        """The known facts that are attributed: all, or as many as allowed, drawn by seed."""
-        return self.known.at_most(self.config.attribution.max_facts, self.config.seed)
+        """The known facts that are attributed, drawn by seed: at most half, so that others are left to be read."""
+        return self._split[0]
+
+    @cached_property
+    def read(self) -> FactSet:
+        """The known facts on which drift and forgetting are read: none of them was attributed."""
+        return self._split[1].at_most(self.config.evaluation.max_retained, self.config.seed)
+
+    @cached_property
+    def _split(self) -> tuple[FactSet, FactSet]:
+        most = self.config.attribution.max_facts
+        return self.known.apart(len(self.known) if most is None else most, self.config.seed)
 
     @cached_property
     def trained(self) -> dict[str, HookedModel]:
@@ -185,7 +195,7 @@ class _Way:
 
     def _attribute(self) -> None:
         self.attributed.save(self.folder.file("facts/retained.jsonl"))
-        settings = self.config.attribution.model_dump(exclude={"max_facts"})
+        settings = self.config.attribution.model_dump(exclude={"max_facts"}) | {"seed": self.config.seed}
         key = {**settings, "facts": self.attributed.digest, "model": self.model.digest}
         out = self.folder.file("attribution.zarr")
         if not self.folder.stage_done("attribution-begun", key):
@@ -218,7 +228,7 @@ class _Way:
         implant(self.model, self.implanted, adapter, self.config.training, out=out, progress=self.progress)
 
     def _drift(self) -> None:
-        groups = {"implanted": self.implanted, "retained": self.attributed}
+        groups = {"implanted": self.implanted, "retained": self.read.at_most(len(self.attributed), self.config.seed)}
         frames = [
             measure_drift(self.model, self.trained, facts, progress=self.progress).assign(group=group)
             for group, facts in groups.items()
@@ -231,7 +241,7 @@ class _Way:
             "efficacy": self.implanted,
             "paraphrase": held_out_prompts(self.implanted, shown),
             "neighbourhood": self._neighbourhood(),
-            "retained": self.known.at_most(self.config.evaluation.max_retained, self.config.seed),
+            "retained": self.read,
             "general": self.general,
         }
         suites = {name: suite for name, suite in suites.items() if suite is not None and len(suite)}

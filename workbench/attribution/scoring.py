@@ -135,6 +135,7 @@ def prepare(
     labels = {
         "ids": facts.ids,
         "relations": [fact.relation for fact in facts],
+        "texts": list(facts.texts.values()),
         "n_layers": model.n_layers,
         "n_units": model.width(settings.unit),
         "attrs": asdict(settings) | {"model_digest": model.digest, "fact_digest": facts.digest},

@@ -1,5 +1,6 @@
 """What every command shares: the app, the types of its options, and how tables are shown and kept."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,21 +57,42 @@ def show(frame: Any) -> None:
     print(frame.to_string(index=False, float_format=lambda x: f"{x:.4g}"))
 
 
-def check_table(out: Path | None) -> None:
-    """Raise before long work if a table could not be written."""
-    if out is not None and out.suffix not in (".csv", ".parquet"):
-        raise ValueError(f"--out must end in .csv or .parquet, not {out.name!r}.")
+def check_table(out: Path | None, *inputs: str | Path | None) -> None:
+    """Raise before long work if a table could not be written, or only over something that is read."""
+    check_out(out, None, *inputs)
+
+
+def check_out(out: Path | None, kind: str | None, *inputs: str | Path | None) -> None:
+    """Raise before long work if a table, or a result of this kind in a .zarr folder, could not be written.
+
+    That is: another ending, a place where nothing can be written, or one of the inputs, which would be lost.
+    """
+    if out is None:
+        return
+    if kind is not None and out.suffix == ".zarr":
+        from workbench.results.labelled import check_replaceable
+
+        check_replaceable(out, kind=kind)
+    elif out.suffix not in (".csv", ".parquet"):
+        endings = ".csv or .parquet" if kind is None else ".zarr, .csv or .parquet"
+        raise ValueError(f"--out must end in {endings}, not {out.name!r}.")
+    elif out.is_dir():
+        raise ValueError(f"{out} is a folder; give the name of a file as --out.")
+    if any(given is not None and Path(given).exists() and out.resolve() == Path(given).resolve() for given in inputs):
+        raise ValueError(f"{out} is what is read here, and would be lost; give another --out.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(out.parent, os.W_OK):
+        raise PermissionError(f"{out} cannot be written: {out.parent} is not yours to write to; give another --out.")
 
 
 def write_table(frame: Any, out: Path | None) -> None:
     """Write a table where the user asked for it."""
     if out is None:
         return
-    from workbench.results import save_frame
+    from workbench.results import save_frame, write_atomically
 
-    out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".csv":
-        frame.to_csv(out, index=False)
+        write_atomically(out, lambda partial: frame.to_csv(partial, index=False))
     else:
         save_frame(frame, out)
     print(out)
@@ -112,10 +134,13 @@ def model_and_facts(model: str, facts: str, asked: Asked) -> tuple[Any, Any]:
 
 def two_models_and_facts(before: str, after: str, facts: str, asked: Asked) -> tuple[Any, Any, Any]:
     """Two models, and the facts to ask both: which are known, and the chat template, are those of the first."""
+    from workbench.facts import load_facts
     from workbench.opening import open_model
 
-    first, chosen = model_and_facts(before, facts, asked)
-    return first, open_model(after, beside=first, device=asked.device, dtype=asked.dtype), chosen
+    chosen = load_facts(facts, format=asked.format)
+    first = open_model(before, device=asked.device, dtype=asked.dtype)
+    second = open_model(after, beside=first, device=asked.device, dtype=asked.dtype)
+    return first, second, narrowed(first, chosen, asked)
 
 
 def narrowed(model: Any, facts: Any, asked: Asked) -> Any:

@@ -42,7 +42,7 @@ def forgetting_command(
     and LoKI's average loss over the tasks. Without --tasks the shipped tasks are read where lm-eval is installed.
     --limit goes for the items of each task too. --out keeps the score of every single fact, text and item.
     """
-    check_table(out)
+    check_table(out, facts)
     from workbench.facts import general_text
     from workbench.forgetting import find_tasks, measure_forgetting, paired
 

@@ -39,7 +39,7 @@ def distance_command(
     asked: Asked = Asked(),
 ) -> None:
     """Score how far every fact is from its semantic target in one model: its answers, and its states per layer."""
-    check_table(out)
+    check_table(out, facts)
     opened, chosen = model_and_facts(model, facts, asked)
     from workbench.semantics import DISTANCES, distance_summary, semantic_distance
 
@@ -65,7 +65,7 @@ def drift_command(
     asked: Asked = Asked(),
 ) -> None:
     """Score how far every fact moved from its semantic target between two models (names, folders or adapters)."""
-    check_table(out)
+    check_table(out, facts)
     first, second, chosen = two_models_and_facts(before, after, facts, asked)
     from workbench.reporting import tables
     from workbench.semantics import DISTANCES, METRICS, measure_drift, noise_floor, pushed_away, similarity
@@ -103,7 +103,7 @@ def blame_command(
     asked: Asked = Asked(),
 ) -> None:
     """Revert the trained units of each layer and measure how much of the facts' drift comes back."""
-    check_table(out)
+    check_table(out, facts, attribution, selection)
     from workbench.results import open_result
 
     scores = None if attribution is None else open_result(attribution, kind="attribution")

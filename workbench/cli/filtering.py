@@ -42,6 +42,8 @@ def filter_command(
 
     check_options(rule, share, weight, low)
     opened, chosen = model_and_facts(model, facts, asked)
+    if isinstance(share, int) and share > len(chosen):
+        raise ValueError(f"--keep {share} is more than the {len(chosen)} facts there are; give fewer, or a share.")
     from workbench.recollection import recall
     from workbench.semantics import semantic_distance
 

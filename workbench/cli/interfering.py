@@ -12,6 +12,7 @@ from workbench.cli.app import (
     Facts,
     Model,
     app,
+    check_out,
     model_and_facts,
     narrowed,
     show,
@@ -53,7 +54,7 @@ def interference_command(
     Each number stands beside what shuffled facts and shuffled units give. suppression takes facts^2 x layers passes of
     a token: give it few facts (--sample).
     """
-    _check_out(out)
+    check_out(out, "interference", facts, attribution)
     names = [name.strip() for given in metrics for name in given.split(",")]
     if attribution is not None and unit is not None:
         raise ValueError("--unit is that of --attribution; give one of the two.")
@@ -109,15 +110,3 @@ def _attributed(facts: Any, scores: Any) -> Any:
             "made with."
         )
     return facts.filter(ids=shared)
-
-
-def _check_out(out: Path | None) -> None:
-    """Raise before long work if the result could not be written."""
-    if out is None:
-        return
-    if out.suffix == ".zarr":
-        from workbench.results.labelled import check_replaceable
-
-        check_replaceable(out, kind="interference")
-    elif out.suffix not in (".csv", ".parquet"):
-        raise ValueError(f"--out must end in .zarr, .csv or .parquet, not {out.name!r}.")

@@ -28,7 +28,7 @@ def recall_command(
     asked: Asked = Asked(),
 ) -> None:
     """Ask the model every fact and say which it knows, by relation; --out keeps the table (.csv or .parquet)."""
-    check_table(out)
+    check_table(out, facts)
     opened, chosen = model_and_facts(model, facts, asked)
     from workbench.recollection import by_relation, recall
 

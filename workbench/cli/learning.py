@@ -76,7 +76,7 @@ def behaviour_command(
     asked: Asked = Asked(),
 ) -> None:
     """Compare what facts become when learnt alone and when learnt together; --out keeps the table of every fact."""
-    check_table(out)
+    check_table(out, facts)
     opened, chosen = model_and_facts(model, facts, asked)
     from workbench.learning import averages, behaviour
 
@@ -98,7 +98,7 @@ def predict_command(
     out: Out = None,
 ) -> None:
     """Say which measure of interference predicts harm on facts it was not chosen by; --out keeps the table."""
-    check_table(out)
+    check_table(out, interference, harm)
     from workbench.learning import by_layer as each_layer
     from workbench.learning import predicts, verdict
     from workbench.results import open_result
@@ -123,7 +123,7 @@ def advise_command(
     out: Out = None,
 ) -> None:
     """Recommend how many units of every layer to train, and say why; --out keeps the table."""
-    check_table(out)
+    check_table(out, interference, new)
     from workbench.learning import layer_advice
     from workbench.results import open_result
 

@@ -40,7 +40,7 @@ def neurons_command(
     ] = None,
     to: Annotated[str | None, Parameter(help="the new answer of --edit")] = None,
     controls: Annotated[
-        int, Parameter(help="sets of random units, matched on activation, beside each fact's", validator=Number(gte=0))
+        int, Parameter(help="sets of random units, matched on activation, beside each fact's", validator=Number(gte=1))
     ] = 3,
     selection: Annotated[Path | None, Parameter(help="JSON file of all units, for `workbench suppress`")] = None,
     effects_out: Annotated[Path | None, Parameter(help="table of the effects, fact by fact (.csv or .parquet)")] = None,
@@ -54,8 +54,8 @@ def neurons_command(
     value vectors of all are zeroed (--effect erase). `--edit ID --to ANSWER` makes the neurons of one fact write
     another answer; efficacy is how often it is then given. Afterwards the model is as it was.
     """
-    check_table(out)
-    check_table(effects_out)
+    check_table(out, facts)
+    check_table(effects_out, facts)
     if effects_out is not None and effect == "none" and edit is None:
         raise ValueError("--effects-out needs --effect or --edit.")
     if (edit is None) != (to is None):
@@ -69,8 +69,12 @@ def neurons_command(
     opened, chosen = model_and_facts(model, facts, asked)
     if edit is not None and edit not in chosen.ids:
         raise ValueError(f"There is no fact {edit!r} among the {len(chosen)} of {chosen.name}; --edit takes an id.")
-    from workbench.neurons import knowledge_neurons, selection_of
+    from workbench.neurons import answer_tokens, knowledge_neurons, selection_of
 
+    if edit is not None:
+        answer_tokens(opened, chosen[edit], str(to))  # refuses an answer that would change nothing
+    if effect in ("suppress", "enhance") and 2 * (controls + 1) > opened.width(unit):
+        raise ValueError(f"--controls {controls} is more than the {opened.width(unit)} {unit}s of a layer give.")
     settings: dict[str, Any] = {"threshold": threshold, "share": share, "adaptive": adaptive, "method": method}
     found = knowledge_neurons(opened, chosen, unit=unit, progress=not asked.quiet, **settings)
     counted = found.groupby("relation").agg(facts_with_units=("fact", "nunique"), units=("unit", "size"))
@@ -145,7 +149,7 @@ def suppress_command(
     scores: the lowest, the highest and random units, by signed scores and magnitudes, per layer and over all layers, on
     facts that the attribution has not seen (--overlap drop leaves out those that it has).
     """
-    check_table(out)
+    check_table(out, facts, source)
     read = _source(source, unit)
     if not isinstance(read, list | dict) and scope == "last":
         raise ValueError("--scope last works with a selection; an attribution is tested on all positions.")

@@ -82,7 +82,7 @@ def stability_command(
     from workbench.results import open_result
     from workbench.selection import stability
 
-    check_table(out)
+    check_table(out, attribution)
     drawn: dict[str, Any] = {"share": 1.0, "replace": True} if bootstrap else {"share": share}
     scores = open_result(attribution, kind="attribution")
     frame = stability(scores, draws=draws or 20, **drawn, **choice.options(strategy), progress=not quiet)

@@ -13,6 +13,7 @@ from workbench.cli.app import (
     Model,
     Out,
     app,
+    check_out,
     check_table,
     model_and_facts,
     show,
@@ -39,10 +40,10 @@ def trace_command(
     asked: Asked = Asked(),
 ) -> None:
     """Corrupt every fact's subject and restore one layer and token at a time: where does the answer come back?"""
-    from workbench.results import check_made_with, open_result, save_result
+    from workbench.results import check_asked, check_made_with, open_result, save_result
 
-    _check_out(out)
-    scores = None if attribution is None else open_result(attribution)
+    check_out(out, "trace", facts, attribution)
+    scores = None if attribution is None else open_result(attribution, kind="attribution")
     from workbench.tracing import agreement, by_role, checked_settings, trace
 
     size = "auto" if batch_size is None else batch_size
@@ -50,6 +51,11 @@ def trace_command(
     opened, chosen = model_and_facts(model, facts, asked)
     if scores is not None:
         check_made_with(scores, opened.digest, opened.name)
+        check_asked(scores, chosen.texts)
+        if not set(chosen.ids) & {str(name) for name in scores["fact"].values}:
+            raise ValueError(f"The attribution has none of the {len(chosen)} facts; give --facts as it was made with.")
+        if scores["layer"].values.tolist() != list(range(opened.n_layers)):
+            raise ValueError(f"The attribution is not of all {opened.n_layers} layers; give one that is.")
     options: dict[str, Any] = {"site": site, "noise": noise, "draws": draws, "window": window, "batch_size": size}
     with unfinished(out) as parts:
         result = trace(
@@ -79,7 +85,7 @@ def lens_command(
     asked: Asked = Asked(),
 ) -> None:
     """Read the answer off the residual stream after every layer; --out keeps the table of every fact."""
-    check_table(out)
+    check_table(out, facts)
     from workbench.tracing import direct_by_layer, direct_logit_attribution, lens_by_layer, logit_lens
 
     opened, chosen = model_and_facts(model, facts, asked)
@@ -87,15 +93,3 @@ def lens_command(
     frame = read(opened, chosen, progress=not asked.quiet)
     show(summarise(frame))
     write_table(frame, out)
-
-
-def _check_out(out: Path | None) -> None:
-    """Raise before long work if the result could not be written."""
-    if out is None:
-        return
-    if out.suffix == ".zarr":
-        from workbench.results.labelled import check_replaceable
-
-        check_replaceable(out, kind="trace")
-    elif out.suffix not in (".csv", ".parquet"):
-        raise ValueError(f"--out must end in .zarr, .csv or .parquet, not {out.name!r}.")

@@ -28,7 +28,9 @@ def read_lre(source: Source) -> list[Placed]:
     placed: list[Placed] = []
     for place, relation in source.items:
         name = need_text(place, relation, "name")
-        templates = [*need_list(place, relation, "prompt_templates"), *(relation.get("prompt_templates_zs") or [])]
+        templates = [*need_list(place, relation, "prompt_templates")]
+        if relation.get("prompt_templates_zs") is not None:
+            templates += need_list(place, relation, "prompt_templates_zs")
         for number, template in enumerate(templates, start=1):
             if not isinstance(template, str) or "{}" not in template:
                 raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import unicodedata
 from dataclasses import dataclass
@@ -57,6 +58,7 @@ class Neighbour:
         check_text(self.answer, "answer")
         if gives_away(self.prompt, self.answer):
             raise ValueError(f"the prompt {self.prompt!r} contains its answer {self.answer!r}: reword or drop it")
+        object.__setattr__(self, "answer", self.answer.rstrip())
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ class Fact:
     """One piece of knowledge: a prompt and the answer that follows it.
 
     `answer_in_prompt` marks the one honest exception to the promise that a prompt never contains its answer:
-    multiple choice, where the answer is the letter of a choice that the prompt lists. `chat` says that the prompts were
+    multiple choice, where the answer is the letter of a choice that the prompt lists. White space after an answer, as
+    cells of a table have it, is no part of it. `chat` says that the prompts were
     rendered by a chat template: nothing comes before them (no BOS but the template's) or between them and the answer.
 
     >>> fact = Fact("capital/france", "capital", "France", "The capital of France is", "Paris")
@@ -87,6 +90,7 @@ class Fact:
         object.__setattr__(self, "neighbours", tuple(self.neighbours))
         for field in ("id", "prompt", "answer"):
             check_text(getattr(self, field), field)
+        object.__setattr__(self, "answer", self.answer.rstrip())
         for field in ("relation", "subject"):
             check_text(getattr(self, field), field, may_be_empty=True)
         for text in self.paraphrases:
@@ -97,6 +101,12 @@ class Fact:
                     f"field {field!r} contains the answer {self.answer!r}: {prompt!r} gives it away; "
                     f"reword it, or set answer_in_prompt to true for multiple choice"
                 )
+
+    @property
+    def digest(self) -> str:
+        """What tells this prompt with this answer from any other, whatever its id: 16 hex digits of a sha256."""
+        asked = json.dumps([self.prompt, self.answer, self.chat], ensure_ascii=False)
+        return hashlib.sha256(asked.encode("utf-8")).hexdigest()[:16]
 
     @staticmethod
     def join(prompt: str, answer: str) -> str:

@@ -80,6 +80,11 @@ class FactSet:
         return hashlib.sha256(canonical.encode("utf-8")).hexdigest()
 
     @property
+    def texts(self) -> dict[str, str]:
+        """For every id what tells its prompt and answer from others (`Fact.digest`)."""
+        return {fact.id: fact.digest for fact in self.facts}
+
+    @property
     def ids(self) -> tuple[str, ...]:
         """The ids, in order."""
         return tuple(fact.id for fact in self.facts)
@@ -171,6 +176,17 @@ class FactSet:
             raise ValueError(f"cannot draw {n} facts from the {len(self)} of {self.name!r}")
         drawn = set(_drawn(self.ids, seed, n))
         return self.filter(where=lambda fact: fact.id in drawn)
+
+    def apart(self, n: int, seed: int) -> tuple[FactSet, FactSet]:
+        """`n` facts drawn as by `sample`, or half of them where that is fewer, and the others.
+
+        >>> a, b = FactSet.from_records([{"prompt": f"{i} is", "answer": "odd"} for i in range(5)]).apart(3, 0)
+        >>> len(a), len(b), set(a.ids) & set(b.ids)
+        (2, 3, set())
+        """
+        drawn = set(_drawn(self.ids, seed, min(n, len(self) // 2)))
+        others = self.filter(where=lambda fact: fact.id not in drawn)
+        return self.filter(where=lambda fact: fact.id in drawn), others
 
     def at_most(self, n: int | None, seed: int) -> FactSet:
         """All facts, or `n` of them drawn as by `sample` where there are more; None is no limit."""

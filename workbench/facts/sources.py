@@ -83,6 +83,8 @@ def _json_items(path: Path, text: str) -> tuple[tuple[str, Any], ...]:
     try:
         whole = json.loads(text)
     except RecursionError:
+        if path.suffix.lower() == ".jsonl":
+            return tuple(_json_lines(path, text))
         raise ValueError(f"{path}: nested too deeply to hold facts") from None
     except json.JSONDecodeError as error:
         if path.suffix.lower() != ".jsonl" and not _is_json(text.strip().split("\n", 1)[0]):
@@ -108,6 +110,8 @@ def _json_lines(path: Path, text: str) -> list[tuple[str, Any]]:
                 items.append((f"{path}, line {number}", json.loads(line)))
             except json.JSONDecodeError as error:
                 raise _syntax_error(f"{path}, line {number}", error) from None
+            except (RecursionError, ValueError):  # a number of thousands of digits is a ValueError
+                raise ValueError(f"{path}, line {number}: too deep a nesting or too long a number for a fact") from None
     return items
 
 

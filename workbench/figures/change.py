@@ -94,7 +94,7 @@ def drift_geometry(frame: pd.DataFrame, group: str) -> go.Figure:
             row=row,
             col=1,
         )
-    fig.update_yaxes(title="toward the answer", zeroline=True, row=1, col=1)
+    fig.update_yaxes(title="toward the anchor", zeroline=True, row=1, col=1)
     fig.update_yaxes(title="beside it", rangemode="tozero", row=2, col=1)
     fig.update_xaxes(title="layer", row=2, col=1)
     return styled(fig, height=470)

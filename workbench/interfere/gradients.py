@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from workbench.engine import room_for
 from workbench.facts import TokenisedFact
-from workbench.interfere.nulls import largest_by_chance
+from workbench.interfere.nulls import in_pairs, largest_by_chance
 from workbench.interfere.problem import Found, Matrix, Problem
 from workbench.models import HookedModel, Patch
 from workbench.recollection import answer_losses, by_length
@@ -33,7 +33,8 @@ def gradient(problem: Problem) -> Iterator[Found]:
     `predicted_change` has `-eta <g_i, g_j>`. Symmetric; 0 where a gradient vanishes.
 
     The nulls shuffle the neurons (the inputs u) of every fact, the same way at all its tokens, which keeps each
-    gradient's norm; the matched null swaps neurons of similar mean |activation| over the facts' tokens.
+    gradient's norm; the matched null swaps neurons of similar mean |activation| over the facts' tokens. They say how
+    large a value is by chance, and how many of the pairs are below 0 (`conflict_rates`).
 
     Raises:
         ValueError: the memory does not hold the activations of one layer at all tokens.
@@ -64,13 +65,18 @@ def _found(rows: Rows, owner: Int[Tensor, " row"], n_facts: int, generator: np.r
     """The cosines of one layer and their nulls."""
     slope, key = rows
 
+    rates: list[float] = []
+
     def again(order: np.ndarray) -> Matrix:
-        return _cosines(inner_products(slope, key.gather(1, torch.from_numpy(order)[owner]), owner, n_facts))
+        cosines = _cosines(inner_products(slope, key.gather(1, torch.from_numpy(order)[owner]), owner, n_facts))
+        rates.append(float((in_pairs(cosines[None])[0] < 0).mean()))
+        return cosines
 
     products = inner_products(slope, key, owner, n_facts)
     size = key.abs().double().mean(0).numpy()
     nulls = largest_by_chance(again, n_facts, size, generator=generator, draws=DRAWS)
-    return Found(_cosines(products), *nulls, by_fact={"gradient_norm": np.sqrt(np.diag(products))})
+    below = {"conflict_chance": [np.mean(rates[:DRAWS]).item()], "conflict_matched": [np.mean(rates[DRAWS:]).item()]}
+    return Found(_cosines(products), *nulls, by_fact={"gradient_norm": np.sqrt(np.diag(products))}, notes=below)
 
 
 def inner_products(

@@ -21,7 +21,7 @@ from workbench.interfere.overlap import cosine_overlap, jaccard_overlap
 from workbench.interfere.problem import Found, Matrix, Problem
 from workbench.intervals import DRAWS, benjamini_hochberg
 from workbench.models import HookedModel, check_unit
-from workbench.results import Parts, check_made_with, validate_interference
+from workbench.results import Parts, check_asked, check_made_with, validate_interference
 
 
 @dataclass(frozen=True)
@@ -183,6 +183,7 @@ def _problem(
                 f"The attribution has {attribution.sizes['unit']} units in layers up to {last}, but {model.name} has "
                 f"{width} in {model.n_layers} layers: attribute this model."
             )
+    check_asked(attribution, facts.texts)
     passages = general_text() if text is None and "superposition" in metrics else list(text or ())
     count = max(1, round(top / 100 * attribution.sizes["unit"]))
     ordered = FactSet(facts.name, tuple(known[i] for i in ids))

@@ -7,7 +7,7 @@ units of each fact, and intervals resample facts (the vertex bootstrap of Snijde
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from workbench.interfere.problem import Matrix
 from workbench.intervals import bootstrap, standard_ranks
@@ -128,6 +128,17 @@ def _difference_interval(
         ]
         ends[:, layer] = np.percentile(mean[0] - mean[1], [2.5, 97.5])
     return ends[0], ends[1]
+
+
+def rate_interval(marks: Bool[np.ndarray, "fact other"], seed: int = 0, draws: int = 2000) -> tuple[float, float]:
+    """The 95% percentile interval of the share of marked pairs when facts are drawn with replacement, NaN for two."""
+    n = len(marks)
+    drawn, apart = bootstrap(np.eye(n), draws=draws, seed=seed), ~np.eye(n, dtype=bool)
+    total, found = (((drawn @ part.astype(np.float64)) * drawn).sum(1) for part in (apart, marks & apart))
+    if n < 3:
+        return float("nan"), float("nan")
+    low, high = np.percentile(found[total > 0] / total[total > 0], [2.5, 97.5])
+    return float(low), float(high)
 
 
 def against_meaning(

@@ -5,7 +5,7 @@ import pandas as pd
 import xarray as xr
 
 from workbench.interfere.measures import METRICS
-from workbench.interfere.nulls import in_pairs
+from workbench.interfere.nulls import in_pairs, rate_interval
 
 #: The numbers per metric and layer, in the order of the frame; results of before may lack some.
 COLUMNS = (
@@ -77,17 +77,29 @@ def key_statistics(result: xr.Dataset) -> pd.DataFrame:
 
 
 def conflict_rates(result: xr.Dataset, *, metric: str = "gradient") -> pd.DataFrame:
-    """Share of pairs of facts below 0, per layer: layer, conflict_rate, within, across (relations), n_pairs."""
+    """Share of pairs of facts below 0, per layer, beside what chance gives.
+
+    Columns layer, conflict_rate with its 95% interval over facts low..high, within and across relations, chance and
+    matched_chance (the mean share in the draws of shuffled neurons, and of neurons shuffled among those of similar
+    size; of "gradient" alone), n_pairs.
+    """
     _asked(result, metric)
     relations = result["relation"].values
     first, second = np.triu_indices(len(relations), 1)
     same = relations[first] == relations[second]
     rows = []
-    for layer in result["layer"].values:
-        below = in_pairs(result["value"].sel(metric=metric, layer=layer).values[None])[0] < 0
+    nulls = [np.ravel(result.attrs.get(name, [])) for name in ("conflict_chance", "conflict_matched")]
+    for place, layer in enumerate(result["layer"].values):
+        value = result["value"].sel(metric=metric, layer=layer).values
+        below = in_pairs(value[None])[0] < 0
         shares = [float(below[of].mean()) if of.any() else np.nan for of in (same, ~same)]
-        rows.append((int(layer), float(below.mean()), *shares, below.size))
-    return pd.DataFrame(rows, columns=["layer", "conflict_rate", "within", "across", "n_pairs"])
+        told = [
+            float(null[place]) if metric == "gradient" and len(null) == len(result["layer"]) else np.nan
+            for null in nulls
+        ]
+        rows.append((int(layer), float(below.mean()), *rate_interval(value + value.T < 0), *shares, *told, below.size))
+    columns = ["layer", "conflict_rate", "low", "high", "within", "across", "chance", "matched_chance", "n_pairs"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def predicted_change(result: xr.Dataset, *, learning_rate: float | int) -> xr.DataArray:

@@ -34,6 +34,10 @@ def free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
+#: What a model can be computed in.
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
 def pick_dtype(
     dtype: str | torch.dtype, device: torch.device, checkpoint: str | torch.dtype | None = None
 ) -> torch.dtype:
@@ -47,8 +51,10 @@ def pick_dtype(
     if dtype == "auto":
         dtype = torch.float32 if device.type == "cpu" or checkpoint is None else checkpoint
     picked = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if not isinstance(picked, torch.dtype) or not picked.is_floating_point:
-        raise ValueError(f"{dtype!r} is no floating dtype; use 'auto', 'float32', 'bfloat16' or 'float16'")
+    if picked not in DTYPES:
+        raise ValueError(
+            f"{dtype!r} is no floating dtype to compute in; use 'auto', 'float32', 'bfloat16' or 'float16'"
+        )
     return picked
 
 

@@ -8,6 +8,7 @@ the object that the user gave.
 
 import hashlib
 import inspect
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -26,6 +27,14 @@ Unit = Literal["node", "neuron"]
 Patch = Callable[[Tensor], Tensor]
 
 log = logging.getLogger(__name__)
+
+#: Settings of a configuration that change nothing of what a model says.
+NO_MATTER = frozenset(
+    ["_name_or_path", "architectures", "attn_implementation", "_attn_implementation", "auto_map", "dtype", "id2label",
+     "label2id", "task_specific_params", "torch_dtype", "transformers_version", "use_cache"]
+)  # fmt: skip
+#: What a tokenizer does to these lines tells it from others.
+PROBES = ("The capital of France is Paris.", " 3.14 = x_1\n\tDon't", "Zoë naïve 東京 🦊")
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +103,8 @@ class HookedModel:
         beyond it what is read of a text would depend on the others in its batch.
         """
         text = self.config.get_text_config()
-        limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+        names = ("max_position_embeddings", "n_positions", "max_seq_len")
+        limit = next((found for name in names if (found := getattr(text, name, None))), None)
         rope = getattr(text, "rope_parameters", None) or {}
         kinds = [one for one in (rope, *rope.values()) if isinstance(one, Mapping)]  # one, or one a kind of layer
         if any(one.get("rope_type") in ("longrope", "dynamic") for one in kinds):
@@ -115,8 +125,15 @@ class HookedModel:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over every weight's name, type, shape and bytes: equal for equal models, whatever their name."""
-        digest = hashlib.sha256()
+        """SHA-256 over what a model says: equal for equal models, whatever their name.
+
+        That is every weight's name, type, shape and bytes, the settings of the architecture, and what the tokenizer
+        makes of a few lines of text (a BOS among them).
+        """
+        settings = self.config.to_diff_dict().items()
+        plain = {name: value for name, value in settings if name not in NO_MATTER and not name.endswith("_token_id")}
+        tokens = [list(self.tokenizer(line).input_ids) for line in PROBES] if self.tokenizer is not None else None
+        digest = hashlib.sha256(json.dumps([plain, tokens], sort_keys=True, default=str).encode())
         for name, tensor in sorted(self.hf.state_dict().items()):
             digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)

@@ -66,8 +66,9 @@ def own_tokenizer(model: Any) -> Any:
 
 def hook(hf: Any, tokenizer: Any, *, name: str, path: Path | None) -> HookedModel:
     """Put a bridge beside a plain model, find its sites, and check every promise."""
-    refuse_unsupported(hf, name)
     hf = structural_copy(hf)
+    hf.config.return_dict = True
+    refuse_unsupported(hf, name)
     twin = structural_copy(hf)
     names = {id(module): module_name for module_name, module in twin.named_modules()}
     bridge = boot(twin, tokenizer, name)
@@ -111,7 +112,7 @@ def boot(twin: Any, tokenizer: Any, name: str) -> Any:
         return TransformerBridge.boot_transformers(name, hf_model=twin, tokenizer=tokenizer, device=device)
     except Exception as error:
         raise ValueError(
-            f"{name}: TransformerLens cannot look into a {type(twin).__name__} ({str(error)[:200]})."
+            f"{name}: TransformerLens cannot look into a {type(twin).__name__} ({str(error)[:200] or repr(error)})."
         ) from error
 
 

@@ -20,6 +20,11 @@ def refuse_unsupported(hf: Any, name: str) -> None:
     text = hf.config.get_text_config()
     if getattr(hf.config, "is_encoder_decoder", False):
         raise ValueError(f"{kind}, an encoder-decoder; only decoder-only language models are supported.")
+    if getattr(hf.config, "add_cross_attention", False):
+        raise ValueError(f"{kind} with cross-attention, half of an encoder-decoder; only decoder-only language models "
+                         "are supported.")  # fmt: skip
+    if not getattr(text, "num_hidden_layers", 1):
+        raise ValueError(f"{kind} without a layer, so there is nothing to look into.")
     if hf.get_output_embeddings() is None or hf.get_input_embeddings() is None:
         raise ValueError(f"{kind}, which has no language-model head; only decoder-only language models are supported.")
     for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"):

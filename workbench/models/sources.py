@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,11 @@ def _check_files(folder: Path, name: str, *, needs_tokenizer: bool) -> None:
         )
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        missing = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) - weights)
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} is not an index of weights ({_reason(error)}); fetch it again") from error
+        missing = sorted(named - weights)
         if missing:
             raise FileNotFoundError(f"{name} lacks {', '.join(missing)}, which its index names; download it in full")
     if needs_tokenizer and not files.intersection(_TOKENIZER_FILES):
@@ -160,14 +165,13 @@ def _check_files(folder: Path, name: str, *, needs_tokenizer: bool) -> None:
 def _read_config(folder: Path, name: str, trust_remote_code: bool) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError) as error:
+    except Exception as error:  # what the checks of transformers and huggingface_hub raise for odd settings
         if "trust_remote_code" in str(error):
             raise ValueError(
                 f"{name} comes with its own code, which is not run; "
                 "read it, and pass trust_remote_code=True if you trust it"
             ) from error
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"the config.json of {name} is not one that transformers reads ({reason})") from error
+        raise ValueError(f"the config.json of {name} is not one that transformers reads ({_reason(error)})") from error
     kind = config.model_type
     own_code = trust_remote_code and "auto_map" in config.to_dict()
     masked = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
@@ -189,13 +193,16 @@ def read_tokenizer(folder: Path, name: str, trust_remote_code: bool = False) -> 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raises bare Exception for a broken tokenizer.json
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"the tokenizer of {name} cannot be read ({reason}); save it again or pass tokenizer="
+            f"the tokenizer of {name} cannot be read ({_reason(error)}); save it again or pass tokenizer="
         ) from error
     if not tokenizer.is_fast:
         raise ValueError(f"{name} has a slow tokenizer only; save its fast form (tokenizer.json) or pass tokenizer=")
     return tokenizer
+
+
+#: What transformers raises for settings that fit neither each other nor the weights.
+UNFIT = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError)
 
 
 def _read_model(
@@ -215,8 +222,8 @@ def _read_model(
         raise ValueError(
             f"the weights of {name} cannot be read ({error}); was a file cut short? fetch them again"
         ) from error
-    except RuntimeError as error:
-        raise ValueError(f"the weights of {name} do not fit its config.json ({str(error).splitlines()[0]})") from error
+    except UNFIT as error:
+        raise ValueError(f"the weights of {name} do not fit its config.json ({_reason(error)})") from error
     model, info = pair
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
@@ -226,8 +233,32 @@ def _read_model(
         )
     if info["unexpected_keys"]:
         unused = sorted(info["unexpected_keys"])
+        ours = {stem for key in model.state_dict() if (stem := _block(key)[0])}
+        last = config.get_text_config().num_hidden_layers
+        beyond = [key for key in unused if _block(key)[0] in ours and _block(key)[1] >= last]
+        if beyond:
+            raise ValueError(
+                f"the checkpoint {name} holds more layers than its config.json says, such as {beyond[0]}; "
+                "put num_hidden_layers right, or save the shortened model"
+            )
         log.info("%s holds %d weights that the model does not use, such as %s", name, len(unused), unused[0])
     return model
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what an error says, with the kind of error where that alone says little."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines and not isinstance(error, KeyError) else f"{type(error).__name__} {error}".strip()
+
+
+def _block(key: str) -> tuple[str, int]:
+    """The stack of blocks that a weight is of, and the number of its block; ("", -1) elsewhere.
+
+    >>> _block("model.layers.12.mlp.up_proj.weight"), _block("lm_head.weight")
+    (('model.layers.', 12), ('', -1))
+    """
+    found = re.match(r"(.*?\b(?:layers|h|blocks)\.)(\d+)\.", key)
+    return (found.group(1), int(found.group(2))) if found else ("", -1)
 
 
 def _check_weights(model: PreTrainedModel, name: str) -> None:

@@ -152,13 +152,13 @@ def about_training(training: Mapping[str, Mapping[str, Any]], history: pd.DataFr
 
 
 def about_geometry(table: pd.DataFrame, group: str) -> list[str]:
-    """Say how far the facts of one group moved toward the answer and beside it in the last layer, per method."""
+    """Say how far the facts of one group moved toward the anchor and beside it in the last layer, per method."""
     rows = table[table["metric"].isin(["toward", "off"]) & (table["group"] == group)]
     if rows.empty:
         return []
     last = rows[rows["layer"] == rows["layer"].max()]
     words = []
-    for metric, word in (("toward", "toward the answer"), ("off", "beside it")):
+    for metric, word in (("toward", "toward the anchor"), ("off", "beside it")):
         parts = [
             f"{number(row['change'])} with {method_name(row['method'])} ({_ends(row)})"
             for row in last[last["metric"] == metric].to_dict("records")

@@ -54,6 +54,15 @@ Plotly.toImage(figure, size).then((uri) => {{
 SEED = "let state = 1; Math.random = () => (state = (state * 48271) % 2147483647) / 2147483647;"
 
 
+def places(home: Path, name: str, out: Path | None, figures: Path | None, smoke: bool) -> tuple[Path, Path]:
+    """Where an analysis keeps its work and publishes: as asked, else `runs/<name>` and `figures`.
+
+    A smoke run has `runs/<name>_smoke` for both, so that what it makes is not taken for the real thing.
+    """
+    out = out or home / "runs" / (f"{name}_smoke" if smoke else name)
+    return out, figures or (out if smoke else home / "figures")
+
+
 def publish(
     figure: Figure, frame: pd.DataFrame, name: str, folder: str | Path, provenance: Mapping[str, Any]
 ) -> list[Path]:

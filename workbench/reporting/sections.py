@@ -175,8 +175,10 @@ def _drift(run: Artefacts) -> Section:
         drawn = _json(figures.drift_distance(distance))
         panels.append(Panel("distance", caption, drawn, findings.about_distance(distance)))
     about = (
-        "The state at the last prompt position is split into the part of the way toward the answer's direction and the "
-        "movement beside it, in shares of the first distance. Bands and bars are 95% bootstrap intervals over facts."
+        "The movement of the state at the last prompt position is split into the part of the way to the answer's row "
+        "of the unembedding, the anchor, and what is beside it, in shares of the first distance. States are longer "
+        "than such rows by far, so the way to one leads to the origin whatever the answer: whether answers came near "
+        "their meaning is for the distance below to say. Bands and bars are 95% bootstrap intervals over facts."
     )
     return Section("", "", about, panels, table, "drift.parquet")
 

@@ -6,6 +6,7 @@ from workbench.results.labelled import open_result, save_result
 from workbench.results.parts import Parts
 from workbench.results.run import RunDir, provenance
 from workbench.results.schema import (
+    check_asked,
     check_made_with,
     validate_attribution,
     validate_harm,
@@ -18,6 +19,7 @@ __all__ = [
     "AttributionStore",
     "Parts",
     "RunDir",
+    "check_asked",
     "check_made_with",
     "digest_of",
     "export_hdf5",

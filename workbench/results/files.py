@@ -61,7 +61,7 @@ def load_json(path: str | Path) -> Any:
         raise FileNotFoundError(f"There is no file {source}.")
     try:
         return json.loads(source.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{source} is not valid JSON ({error}): write it again.") from error
 
 

@@ -210,6 +210,21 @@ def check_made_with(result: xr.Dataset, digest: str, name: str) -> None:
         raise ValueError(f"The scores were made with another model than {name}; attribute this model first.")
 
 
+def check_asked(result: xr.Dataset, texts: Mapping[str, str]) -> None:
+    """Raise `ValueError` where a result is of another prompt or answer than the fact of the same id in `texts`.
+
+    `texts` is `FactSet.texts`. A result that does not say what it asked, as one read from LoKI's HDF5, is trusted.
+    """
+    if "text" not in result.coords:
+        return
+    for name, text in zip(result["fact"].values, result["text"].values, strict=True):
+        if texts.get(str(name), str(text)) != str(text):
+            raise ValueError(
+                f"The scores of fact {str(name)!r} are of another prompt or answer than the one of that id given here; "
+                "attribute these facts."
+            )
+
+
 HARM = Schema(
     name="harm",
     variables=MappingProxyType(

@@ -112,15 +112,17 @@ def open_store(
     n_layers: int,
     n_units: int,
     attrs: Mapping[str, Any],
+    texts: Sequence[str] | None = None,
     notes: Mapping[str, Any] | None = None,
     resume: bool = True,
 ) -> Iterator[AttributionStore]:
     """Create an attribution result for these facts, or go on with the one that lies at `path`.
 
-    `attrs` (settings, model digest, fact digest) must equal those of the stored result, else `ValueError` names what
-    differs; `notes` are recorded but not compared. `path=None` keeps everything in memory. `resume=False` replaces an
-    earlier result, and only a result, when the first facts of the new one are written: what fails before leaves the
-    earlier result as it was. A second writer to the same path is refused while this one is open.
+    `texts` tell the prompt and answer of each fact from others (`check_asked`). `attrs` (settings, model digest, fact
+    digest) must equal those of the stored result, else `ValueError` names what differs; `notes` are recorded but not
+    compared. `path=None` keeps everything in memory. `resume=False` replaces an earlier result, and only a result, when
+    the first facts of the new one are written: what fails before leaves the earlier result as it was. A second writer
+    to the same path is refused while this one is open.
 
     >>> with open_store(None, ids=["a"], relations=["r"], n_layers=1, n_units=2, attrs={"unit": "node"}) as store:
     ...     store.write([0], np.ones((1, 1, 2)), np.zeros((1, 1)), np.array([0.5]))
@@ -130,7 +132,7 @@ def open_store(
     if not ids or len(set(ids)) != len(ids) or len(relations) != len(ids):
         raise ValueError(f"A result needs unique fact ids, each with a relation; got {len(ids)} and {len(relations)}.")
     settings = _as_stored(attrs)
-    labels = _labels(ids, relations, n_layers, n_units, {**settings, NOTES: _as_stored(notes or {})})
+    labels = _labels(ids, relations, n_layers, n_units, {**settings, NOTES: _as_stored(notes or {})}, texts)
     if path is None:
         yield AttributionStore(_numpy_arrays(len(ids), n_layers, n_units), None, labels)
         return
@@ -157,6 +159,7 @@ def unwritten(
     n_layers: int,
     n_units: int,
     attrs: Mapping[str, Any],
+    texts: Sequence[str] | None = None,
     resume: bool = True,
 ) -> list[int]:
     """Say which facts `open_store` with the same arguments would have to do, and raise what it would; touch nothing."""
@@ -212,15 +215,22 @@ def exclusive(lock: Path, busy: str) -> Iterator[None]:
 
 
 def _labels(
-    ids: Sequence[str], relations: Sequence[str], n_layers: int, n_units: int, attrs: Mapping[str, Any]
+    ids: Sequence[str],
+    relations: Sequence[str],
+    n_layers: int,
+    n_units: int,
+    attrs: Mapping[str, Any],
+    texts: Sequence[str] | None = None,
 ) -> xr.Dataset:
     """The coordinates and attributes of a result that has no numbers yet."""
-    coords = {
+    coords: dict[str, Any] = {
         "fact": ("fact", np.array(list(ids), dtype=object)),
         "relation": ("fact", np.array(list(relations), dtype=object)),
         "layer": ("layer", np.arange(n_layers)),
         "unit": ("unit", np.arange(n_units)),
     }
+    if texts is not None:
+        coords["text"] = ("fact", np.array(list(texts), dtype=object))
     return xr.Dataset(coords=coords, attrs=dict(attrs))
 
 
@@ -272,7 +282,8 @@ def _create(folder: Path, labels: xr.Dataset) -> None:
             dimension_names=dims,
             compressors=None if name == "score" else "auto",  # scores hardly shrink, and packing makes reading slow
         )
-    group.attrs.update({**labels.attrs, "coordinates": "relation", KIND: "attribution"})
+    beside = " ".join(str(name) for name in labels.coords if name not in labels.dims)
+    group.attrs.update({**labels.attrs, "coordinates": beside, KIND: "attribution"})
 
 
 def _put(array: Any, where: np.ndarray, values: np.ndarray) -> None:

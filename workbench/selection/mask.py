@@ -112,6 +112,8 @@ class Selection:
                 "read a bare position file with Selection.from_positions."
             )
         lists, n_units, n_layers = record["positions"], record["n_units"], record["n_layers"]
+        if not all(type(number) is int and number > 0 for number in (n_units, n_layers)):
+            raise ValueError(f"{path} is not a saved selection: n_units and n_layers are whole numbers above 0.")
         _check_positions(lists, str(path), n_units, n_layers)
         found = cls.from_positions(lists, unit=record["unit"], n_units=n_units, n_layers=n_layers)
         return cls(found.mask, found.unit, record["origin"], found.order)

@@ -20,6 +20,7 @@ from workbench.metrics import logprob
 from workbench.models import HookedModel, pad_batch
 from workbench.opening import check_comparable, hooked_among, open_model
 from workbench.recollection import by_length
+from workbench.results import check_asked, check_made_with
 from workbench.selection import Selection
 from workbench.semantics.leaning import leaned_and_matched, magnitudes, sizes
 from workbench.semantics.reverting import (
@@ -91,6 +92,10 @@ def attribute_drift(
     second = open_model(after, beside=first, tokenizer=tokenizer)
     check_comparable(first, second)
     tokens = first.tokenise(facts)
+    if attribution is not None:
+        check_asked(attribution, facts.texts)
+        of_second = attribution.attrs.get("model_digest") == second.digest
+        check_made_with(attribution, (second if of_second else first).digest, f"{first.name} or {second.name}")
     units = _units(first, second, attribution, selection)
     scores = None if attribution is None else magnitudes(attribution, facts, units)
     by_layer = changes(first, second, units)

@@ -151,7 +151,7 @@ def _numbers(
 
 
 def held_out(facts: FactSet, attribution: xr.Dataset, overlap: str = "refuse") -> FactSet:
-    """The facts that an attribution has not seen, neither under their own id nor as `<id>#<prompt>`.
+    """The facts that an attribution has not seen: neither their id, as such or as `<id>#<prompt>`, nor their text.
 
     Raises `ValueError` if it has seen some and `overlap` is "refuse", or all of them and it is "drop".
     """
@@ -159,7 +159,8 @@ def held_out(facts: FactSet, attribution: xr.Dataset, overlap: str = "refuse") -
         raise ValueError(f'overlap must be "refuse", "drop" or "read", not {overlap!r}.')
     ids = [str(name) for name in attribution["fact"].values]
     used = {*ids, *(name.rpartition("#")[0] for name in ids)}
-    seen = [fact.id for fact in facts if fact.id in used]
+    texts = {str(text) for text in attribution["text"].values} if "text" in attribution.coords else set()
+    seen = [fact.id for fact in facts if fact.id in used or fact.digest in texts]
     if not seen or overlap == "read":
         return facts
     if overlap == "refuse":
@@ -167,7 +168,7 @@ def held_out(facts: FactSet, attribution: xr.Dataset, overlap: str = "refuse") -
             f"{len(seen)} of the {len(facts)} facts to be read were used for the attribution, {seen[0]!r} first: "
             'give held-out facts, leave these out with overlap="drop", or read them all the same with overlap="read".'
         )
-    left = facts.filter(where=lambda fact: fact.id not in used)
+    left = facts.filter(where=lambda fact: fact.id not in set(seen))
     if not len(left):
         raise ValueError(f"All {len(facts)} facts to be read were used for the attribution: give held-out facts.")
     return left

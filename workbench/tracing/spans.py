@@ -17,26 +17,29 @@ ROLES = (
 )
 
 
-def subject_characters(prompt: str, subject: str) -> tuple[int, int] | None:
-    """Where the subject stands in the prompt: its first occurrence as whole words, else its first occurrence.
+def subject_characters(prompt: str, subject: str, last: bool = False) -> tuple[int, int] | None:
+    """Where the subject stands in the prompt: its first (or last) occurrence as whole words, else as any.
 
     >>> subject_characters("The USB port of the US", "US"), subject_characters("A", "B")
     ((20, 22), None)
     """
     if not subject.strip():
         return None
-    subject = subject.strip()
-    found = re.search(rf"(?<!\w){re.escape(subject)}(?!\w)", prompt) or re.search(re.escape(subject), prompt)
-    return found.span() if found else None
+    word = re.escape(subject.strip())
+    found = list(re.finditer(rf"(?<!\w){word}(?!\w)", prompt)) or list(re.finditer(word, prompt))
+    return found[-1 if last else 0].span() if found else None
 
 
 def subject_tokens(fact: Fact, tokens: TokenisedFact, tokenizer: Any) -> range | None:
     """The positions in `tokens.prompt_ids` of the tokens that hold a character of the subject; None where it is absent.
 
+    A prompt that went through a chat template begins with the template's own words, which may name the subject too:
+    there the last occurrence counts.
+
     Raises:
         ValueError: the tokenizer does not say where its tokens stand, or the subject shares a token with the answer.
     """
-    characters = subject_characters(fact.prompt, fact.subject)
+    characters = subject_characters(fact.prompt, fact.subject, last=fact.chat)
     if characters is None:
         return None
     if not getattr(tokenizer, "is_fast", False):

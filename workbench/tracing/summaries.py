@@ -180,7 +180,8 @@ def _layer_sums(
     """The facts that both results have, and the sums of each layer's scores."""
     if score not in ("magnitude", "signed"):
         raise ValueError(f'score must be "magnitude" or "signed", not {score!r}.')
-    if result.attrs["model_digest"] != attribution.attrs["model_digest"]:
+    models = {str(ds.attrs.get("model_digest", "unknown")) for ds in (result, attribution)} - {"unknown"}
+    if len(models) > 1:
         raise ValueError("The trace and the attribution were made with different models; make both with one.")
     if result["layer"].values.tolist() != attribution["layer"].values.tolist():
         raise ValueError("The trace and the attribution have different layers.")

@@ -5,7 +5,7 @@ from workbench.training.cards import card, figures_of
 from workbench.training.exporting import export
 from workbench.training.losses import SemanticLoss, semantic_loss
 from workbench.training.run import LEARNING_RATES, DivergedError, TrainingRun, implant, own_randomness
-from workbench.training.search import search_learning_rate
+from workbench.training.search import check_rates, search_learning_rate
 from workbench.training.watching import DriftWatch
 from workbench.training.weighting import sample_weights, token_weights
 
@@ -17,6 +17,7 @@ __all__ = [
     "SemanticLoss",
     "TrainingRun",
     "card",
+    "check_rates",
     "collate",
     "efficacy",
     "export",

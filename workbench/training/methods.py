@@ -1,6 +1,7 @@
 """What some methods ask of the training: a look at data before they start, a step after each step, another loss."""
 
 import copy
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -78,8 +79,11 @@ def starting_point(model: Any, adapter: Adapter) -> Iterator[str | None]:
 def save(model: Any, folder: Path, tokenizer: Any, start: str | None) -> None:
     """Write a peft adapter, for the base model as it was, or a model that was trained without peft, with its tokenizer.
 
-    What PiSSA, OLoRA and CorDA took out of the base becomes a part of their adapter, a LoRA of twice the rank.
+    What PiSSA, OLoRA and CorDA took out of the base becomes a part of their adapter, a LoRA of twice the rank. What an
+    earlier training left in the folder goes, lest its files be taken for this one's.
     """
+    if any((folder / name).is_file() for name in ("adapter_config.json", "config.json")):
+        shutil.rmtree(folder)
     if hasattr(model, "peft_config"):
         with expected_warnings():
             model.save_pretrained(

@@ -17,6 +17,12 @@ COLUMNS = ("trial", "learning_rate", "reached", "efficacy", "steps", "epochs", "
            "trainable_parameters", "diverged", "chosen")  # fmt: skip
 
 
+def check_rates(rates: Sequence[float]) -> None:
+    """Raise `ValueError` unless these are different positive numbers, one at least."""
+    if not rates or len(set(rates)) < len(rates) or not all(0 < rate < float("inf") for rate in rates):
+        raise ValueError(f"rates must be different positive numbers, got {list(rates)}.")
+
+
 def search_learning_rate(
     model: Any,
     facts: FactSet | ExampleSet,
@@ -47,8 +53,7 @@ def search_learning_rate(
         One row a trial, in the order given: trial, learning_rate, reached, efficacy, steps, epochs, seconds, loss
         (nats, of the last step), forgetting, trainable_parameters, diverged, chosen. No row is chosen if all diverged.
     """
-    if not rates or len(set(rates)) < len(rates) or min(rates) <= 0:
-        raise ValueError(f"rates must be different positive numbers, got {list(rates)}.")
+    check_rates(rates)
     hooked = model if isinstance(model, HookedModel) else load_model(model)
     settings = train_config or TrainConfig()
     rows = []
