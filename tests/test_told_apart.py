@@ -134,3 +134,21 @@ def test_a_second_training_in_a_folder_leaves_nothing_of_the_first(tmp_path) -> 
     opened = open_model(full)
     trained = dict(full.model.named_parameters())
     assert all(torch.equal(value, trained[name]) for name, value in opened.hf.named_parameters())
+
+
+def test_odd_files_are_one_sentence_with_their_place(tmp_path) -> None:
+    good = json.dumps({"prompt": "the sky is", "answer": "blue"})
+    relation = {"name": "r", "prompt_templates": ["{} is"], "prompt_templates_zs": True,
+                "samples": [{"subject": "sky", "object": "blue"}]}  # fmt: skip
+    for name, text, words in (
+        ("deep.jsonl", f"{good}\n{'[' * 100_000}\n", "deep.jsonl, line 2: too deep a nesting"),
+        ("long.jsonl", f'{good}\n{{"prompt": {"1" * 5000}}}\n', "long.jsonl, line 2: too deep a nesting or too long"),
+        ("lre.json", json.dumps(relation), "'prompt_templates_zs'"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=words):
+            wb.load_facts(str(tmp_path / name))
+    chosen = {"unit": "node", "n_layers": 3, "n_units": "x", "positions": [[], [], []], "origin": {}}
+    (tmp_path / "s.json").write_text(json.dumps(chosen))
+    with pytest.raises(ValueError, match="n_units and n_layers are whole numbers"):
+        wb.Selection.load(tmp_path / "s.json")
