@@ -102,6 +102,14 @@ def test_a_run_leaves_everything_behind(finished: Path) -> None:
         assert efficacy[efficacy["method"] == method]["after"].mean() == pytest.approx(last)
 
 
+def test_how_many_facts_are_read_for_forgetting_changes_nothing_of_drift(finished: Path, inputs, tmp_path) -> None:
+    folder = wb.run(config(inputs, tmp_path / "few", **{"evaluation.max_retained": 2}), progress=False).path
+    one, other = (results(where)["drift.parquet"] for where in (finished, folder))
+    pd.testing.assert_frame_equal(one, other, rtol=1e-6)
+    read = results(folder)["forgetting.parquet"].query("suite == 'retained'")
+    assert read["fact"].nunique() == 2
+
+
 def test_a_selection_that_knows_interference_reads_that_of_the_run(inputs, tmp_path) -> None:
     changes = {"selection.strategy": "interference_aware", "methods": ("loki",), "training.max_epochs": 1}
     folder = wb.run(config(inputs, tmp_path / "aware", **changes), progress=False).path

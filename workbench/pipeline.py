@@ -172,7 +172,7 @@ class _Way:
 
     @cached_property
     def read(self) -> FactSet:
-        """The known facts on which drift and forgetting are read: none of them was attributed."""
+        """The known facts on which forgetting is read: none of them was attributed."""
         return self._split[1].at_most(self.config.evaluation.max_retained, self.config.seed)
 
     @cached_property
@@ -228,7 +228,8 @@ class _Way:
         implant(self.model, self.implanted, adapter, self.config.training, out=out, progress=self.progress)
 
     def _drift(self) -> None:
-        groups = {"implanted": self.implanted, "retained": self.read.at_most(len(self.attributed), self.config.seed)}
+        others = self._split[1].at_most(len(self.attributed), self.config.seed)
+        groups = {"implanted": self.implanted, "retained": others}
         frames = [
             measure_drift(self.model, self.trained, facts, progress=self.progress).assign(group=group)
             for group, facts in groups.items()

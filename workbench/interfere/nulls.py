@@ -133,10 +133,10 @@ def _difference_interval(
 def rate_interval(marks: Bool[np.ndarray, "fact other"], seed: int = 0, draws: int = 2000) -> tuple[float, float]:
     """The 95% percentile interval of the share of marked pairs when facts are drawn with replacement, NaN for two."""
     n = len(marks)
-    drawn, apart = bootstrap(np.eye(n), draws=draws, seed=seed), ~np.eye(n, dtype=bool)
-    total, found = (((drawn @ part.astype(np.float64)) * drawn).sum(1) for part in (apart, marks & apart))
     if n < 3:
         return float("nan"), float("nan")
+    drawn, apart = bootstrap(np.eye(n), draws=draws, seed=seed), ~np.eye(n, dtype=bool)
+    total, found = (((drawn @ part.astype(np.float64)) * drawn).sum(1) for part in (apart, marks & apart))
     low, high = np.percentile(found[total > 0] / total[total > 0], [2.5, 97.5])
     return float(low), float(high)
 

@@ -168,7 +168,8 @@ def held_out(facts: FactSet, attribution: xr.Dataset, overlap: str = "refuse") -
             f"{len(seen)} of the {len(facts)} facts to be read were used for the attribution, {seen[0]!r} first: "
             'give held-out facts, leave these out with overlap="drop", or read them all the same with overlap="read".'
         )
-    left = facts.filter(where=lambda fact: fact.id not in set(seen))
+    known = set(seen)
+    left = facts.filter(where=lambda fact: fact.id not in known)
     if not len(left):
         raise ValueError(f"All {len(facts)} facts to be read were used for the attribution: give held-out facts.")
     return left
