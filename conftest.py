@@ -1,6 +1,7 @@
 """Shape and type annotations of the package are enforced in every test and doctest (jaxtyping with beartype)."""
 
 import ast
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -23,3 +24,9 @@ class Outermost(_import_hook.JaxtypingTransformer):
 
 _import_hook.JaxtypingTransformer = Outermost
 install_import_hook("workbench", typechecker="beartype. beartype")  # spelt so, its cached bytecode is this hook's own
+
+
+def pytest_collection_finish() -> None:
+    """Keep what is imported by now out of every later search for garbage: each training makes one."""
+    gc.collect()
+    gc.freeze()

@@ -5,7 +5,7 @@ import planted
 import pytest
 import torch
 from test_engine import naive
-from tiny import FACTS, TOKENISED, random_model, tiny, tokenizer
+from tiny import FACTS, TOKENISED, default, random_model, tiny, tokenizer
 
 from workbench import path
 from workbench.attribution import (
@@ -33,8 +33,8 @@ def run(model, facts=FACTS, **options):
     return attribute(model, facts, progress=False, **options)
 
 
-def loop(model, facts, unit, steps, scope="last"):
-    """Integrated gradients by one hooked forward and backward per fact, layer and step."""
+def loop(model, facts, unit, steps, scope="last", layers=None):
+    """Integrated gradients by one hooked forward and backward per fact, layer and step; zero elsewhere."""
     scores = np.zeros((len(facts), model.n_layers, model.width(unit)))
     for row, fact in enumerate(facts.tokenise(model.tokenizer)):
         last = len(fact.prompt_ids) - 1
@@ -43,7 +43,7 @@ def loop(model, facts, unit, steps, scope="last"):
         keep = lambda value, seen=seen: seen.append(value) or value  # noqa: E731
         with model.patched(unit, dict.fromkeys(range(model.n_layers), keep)):
             model.logits(torch.tensor([fact.ids[:-1]]))
-        for layer in range(model.n_layers):
+        for layer in range(model.n_layers) if layers is None else layers:
             for k in range(steps):
                 _, gradient = naive(model, fact, unit, layer, (k + 0.5) / steps, scope, logprob)
                 scores[row, layer] += (seen[layer][0, moved] * gradient / steps).sum(0).numpy()
@@ -59,8 +59,8 @@ def test_ig_equals_the_naive_loop(kind: str, unit: str) -> None:
     expected = loop(model, FACTS, unit, 3)
     gap = np.abs(ds["score"].values - expected).max(axis=(1, 2)) / np.abs(expected).max(axis=(1, 2))
     assert gap.max() <= 1e-5  # measured: 2e-6
-    shifted = loop(model, FACTS, unit, 4)  # negative control: another number of steps is another number
-    assert np.abs(ds["score"].values - shifted).max() > 1e-4 * np.abs(expected).max()
+    shifted = loop(model, FACTS[:1], unit, 4)  # negative control: another number of steps is another number
+    assert np.abs(ds["score"].values[:1] - shifted).max() > 1e-4 * np.abs(expected[0]).max()
 
 
 def test_ig_over_all_positions_equals_the_naive_loop() -> None:
@@ -80,9 +80,10 @@ def own(method: str, unit: str = "neuron") -> str:
 )
 def test_batch_padding_and_order_change_nothing(kind: str, method: str) -> None:
     model = tiny(kind)
-    together = run(model, method=method, unit=own(method))
-    alone = run(model, method=method, unit=own(method), batch_size=1)
-    backwards = run(model, FactSet("backwards", FACTS.facts[::-1]), method=method, unit=own(method), batch_size=3)
+    options = {"method": method, "unit": own(method), "steps": 4 if method == "ig" and kind != "llama" else None}
+    together = run(model, **options)  # the adaptive rule on one architecture, four steps on the others
+    alone = run(model, batch_size=1, **options)
+    backwards = run(model, FactSet("backwards", FACTS.facts[::-1]), batch_size=3, **options)
     scale = np.abs(together["score"].values).max()
     if method == "ablation":  # a difference of two objectives, each rounded at its own size
         scale = max(scale, 2 * float(np.log(together["target_prob"].values.min()) / -1))
@@ -323,7 +324,7 @@ def test_summary_by_layer_is_the_mean_over_facts_and_units() -> None:
 
 @pytest.mark.real
 def test_three_real_facts_equal_the_naive_loop() -> None:
-    model = load_model("smollm2-135m")
+    model = default()
     facts = FactSet.from_records(
         [
             {"prompt": "The capital of France is", "answer": "Paris"},
@@ -331,8 +332,9 @@ def test_three_real_facts_equal_the_naive_loop() -> None:
             {"prompt": "The author of Romeo and Juliet is", "answer": "William Shakespeare"},
         ]
     )
-    ours = run(model, facts, steps=1)["score"].values
-    expected = loop(model, facts, "node", 1)
+    layers = range(2, 30, 3)  # a third of them: the loop is slow
+    ours = run(model, facts, steps=1)["score"].values[:, layers]
+    expected = loop(model, facts, "node", 1, layers=layers)[:, layers]
     gap = np.abs(ours - expected).max(axis=(1, 2)) / np.abs(expected).max(axis=(1, 2))
     assert gap.max() <= 1e-5, gap
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from test_cli import call
-from tiny import FACTS, random_model, tiny, tokenizer
+from tiny import FACTS, default, random_model, tiny, tokenizer
 from tokenizers.processors import TemplateProcessing
 
 import workbench as wb
@@ -162,7 +162,7 @@ def test_the_commands_ask_as_chats(tmp_path: Path, monkeypatch, capsys) -> None:
 
 @pytest.mark.real
 def test_the_default_model_is_asked_in_its_own_template() -> None:
-    model = load_model("smollm2-135m")
+    model = default()
     world = wb.load_facts("world").sample(6, seed=0)
     chats = world.as_chat(model.tokenizer)
     for plain, fact in zip(world, model.tokenise(chats), strict=True):

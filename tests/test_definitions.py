@@ -1,12 +1,14 @@
 """Published definitions and exact effects, each against a second way: Captum, the papers' sums, zeroed weights."""
 
+from functools import cache
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from captum.attr import LayerIntegratedGradients
 from test_attribution import run
-from tiny import FACTS, random_model, tiny, tokenizer
+from tiny import FACTS, default, random_model, tiny, tokenizer
 
 from workbench.facts import FactSet, load_facts
 from workbench.metrics import logprob, prob
@@ -50,7 +52,7 @@ def test_loki_code_equals_captum(kind: str) -> None:
 @pytest.mark.real
 def test_loki_code_equals_captum_on_the_default_model() -> None:
     """In float64. In float32 both sides round, and the first layer's path, which has a jump, makes 2e-5 of it."""
-    model = load_model("smollm2-135m", dtype="float64")
+    model = default("float64")
     facts = load_facts("world").filter(where=lambda fact: len(fact.prompt.split()) <= 5)[:1]
     ours = run(model, facts, method="loki-code")["score"].values[0]
     (fact,) = facts.tokenise(model.tokenizer)
@@ -64,23 +66,28 @@ def test_loki_code_equals_captum_on_the_default_model() -> None:
 @pytest.mark.real
 def test_batches_change_nothing_on_the_default_model_in_float64() -> None:
     """In float32 rounding makes a few 1e-6 of it, and lets the adaptive rule take another step now and then."""
-    model = load_model("smollm2-135m", dtype="float64")
+    model = default("float64")
     facts = load_facts("world").filter(relations=["capital", "animal_young"]).sample(2, seed=1)
-    together, alone = (run(model, facts, batch_size=size, steps=2)["score"].values for size in (2, 1))
+    together, alone = (run(model, facts, batch_size=size, steps=1)["score"].values for size in (2, 1))
     for one, other in zip(together, alone, strict=True):
         assert worst(one, other) <= 1e-6  # measured: at most 1e-7, what float32 keeps of a stored score
     assert worst(together[0], alone[1]) > 0.1  # negative control: another fact
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma2", "opt"])
+@cache
+def in_bfloat16(kind: str) -> HookedModel:
+    """The tiny model in half precision."""
+    return load_model(random_model(kind), tokenizer=tokenizer(), dtype="bfloat16")
+
+
 @pytest.mark.parametrize("method", ["ig", "grad_x_act", "loki-code", "kn"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma2", "opt"])
 def test_bfloat16_ranks_units_as_float32_does(kind: str, method: str) -> None:
     """Rank correlation over all units of a fact; ablation is left out, whose differences drown in bfloat16."""
-    exact, rough = (
-        load_model(random_model(kind), tokenizer=tokenizer(), dtype=dtype) for dtype in ("float32", "bfloat16")
-    )
-    steps = {"steps": 16} if method == "ig" else {}
-    scores = [run(model, ONE_TOKEN, method=method, **steps)["score"].values for model in (exact, rough)]
+    steps = {"steps": 8} if method == "ig" else {}
+    scores = [
+        run(model, ONE_TOKEN, method=method, **steps)["score"].values for model in (tiny(kind), in_bfloat16(kind))
+    ]
     for one, other in zip(*scores, strict=True):
         assert spearman(one, other) > 0.95
     assert abs(spearman(scores[0][0], scores[1][1])) < 0.9  # negative control: another fact

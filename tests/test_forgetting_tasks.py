@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny import FACTS, random_model, saved, tiny
+from tiny import FACTS, default, random_model, saved, tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -233,4 +233,4 @@ def test_the_command_says_what_it_leaves_out(tmp_path, monkeypatch, capsys) -> N
 @pytest.mark.real
 def test_the_default_model_equals_lm_eval_by_hand(monkeypatch) -> None:
     pytest.importorskip("lm_eval", reason='needs pip install "knowledge-workbench[eval]"')
-    check_equal(load_model("smollm2-135m"), "fact_choice", monkeypatch, 4)
+    check_equal(default(), "fact_choice", monkeypatch, 4)

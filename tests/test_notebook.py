@@ -14,12 +14,12 @@ NOTEBOOKS = sorted((HOME / "notebooks").glob("*.ipynb"))
 PLOTLY = "application/vnd.plotly.v1+json"
 FEW = {
     "MODEL": "smollm2-135m",
-    "N_ASKED": 24,
-    "N_FACTS": 3,
-    "N_NEW": 2,
+    "N_ASKED": 16,
+    "N_FACTS": 2,
+    "N_NEW": 1,
     "QUOTA": 10,
-    "MAX_EPOCHS": 2,
-    "N_TOKENS": 64,
+    "MAX_EPOCHS": 1,
+    "N_TOKENS": 32,
     "SEED": 0,
 }
 

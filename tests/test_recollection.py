@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tiny import FACTS, random_model, tiny, tokenizer
+from tiny import FACTS, default, random_model, tiny, tokenizer
 
 from workbench.facts import FactSet
 from workbench.models import load_model
@@ -73,7 +73,7 @@ def test_the_default_model_knows_these_facts() -> None:
             {"id": "wrong", "prompt": "The capital of France is", "answer": "Tokyo"},
         ]
     )
-    frame = recall(load_model("smollm2-135m"), facts)
+    frame = recall(default(), facts)
     assert frame["known"].to_dict() == {i: i != "wrong" for i in facts.ids}
     assert frame.loc["france", "prob"] == pytest.approx(0.77, abs=0.02)
 

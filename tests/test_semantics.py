@@ -7,7 +7,7 @@ import pandas as pd
 import planted
 import pytest
 import torch
-from tiny import FACTS, WORDS, random_model, saved, tiny, tokenizer
+from tiny import FACTS, WORDS, default, random_model, saved, tiny, tokenizer
 
 import workbench as wb
 from workbench.facts import FactSet, neutral_prompts
@@ -237,7 +237,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence() -> None:
 
 @pytest.mark.real
 def test_the_default_model_is_nearer_to_what_it_knows_than_to_fiction() -> None:
-    model = load_model("smollm2-135m")
+    model = default()
     records = [("The capital of France is", "Paris"), ("The capital of Japan is", "Tokyo"), ("The sky is", "blue")]
     known = FactSet.from_records([{"prompt": prompt, "answer": answer} for prompt, answer in records])
     near, far = (semantic_distance(model, facts, layers=[0, 29]) for facts in (known, wb.fictional(3)))

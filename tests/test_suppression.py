@@ -11,7 +11,7 @@ import xarray as xr
 from command import call
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import FACTS, random_model, saved, tiny, tokenizer
+from tiny import FACTS, default, random_model, saved, tiny, tokenizer
 
 import workbench as wb
 from workbench.intervals import means
@@ -391,9 +391,9 @@ def test_the_command_names_what_is_wrong(tmp_path, monkeypatch, capsys) -> None:
 
 @pytest.mark.real
 def test_the_lowest_harm_less_than_the_highest_on_the_default_model() -> None:
-    model = wb.load_model("smollm2-135m")
+    model = default()
     capitals = wb.load_facts("world").filter(relations=["capital"])
-    known = capitals.filter(ids=wb.recall(model, capitals.sample(16, seed=0)).query("known").index)
+    known = capitals.filter(ids=wb.recall(model, capitals.sample(10, seed=0)).query("known").index)
     scores = wb.attribute(model, known[:2], method="grad_x_act", progress=False)
     frame = suppression_curve(
         model, scores, known[2:], quotas=[1], scores=["magnitude"], strategies=["global"], groups=["lowest", "highest"]

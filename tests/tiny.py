@@ -95,6 +95,12 @@ def tiny(kind: str) -> HookedModel:
     return load_model(random_model(kind), tokenizer=tokenizer())
 
 
+@cache
+def default(dtype: str = "float32") -> HookedModel:
+    """The embedded default model, shared by all tests that do not change it."""
+    return load_model("smollm2-135m", dtype=dtype)
+
+
 def saved(folder: Any, kind: str = "llama", seed: int = 0) -> Any:
     """A tiny model as a folder of safetensors with its tokenizer."""
     random_model(kind, seed).save_pretrained(folder)
