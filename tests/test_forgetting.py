@@ -1,10 +1,11 @@
 """Forgetting: numbers against plain transformers, and a model against itself."""
 
+import pandas as pd
 import pytest
 import torch
 from tiny import FACTS, random_model, tiny, tokenizer
 
-from workbench.forgetting import measure_forgetting
+from workbench.forgetting import measure_forgetting, measuring
 from workbench.intervals import means
 from workbench.models import load_model
 from workbench.recollection import recall, text_chunks
@@ -52,3 +53,18 @@ def test_numbers_equal_plain_transformers() -> None:
 def test_empty_suites_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="empty: nothing"):
         measure_forgetting(tiny("gpt2"), tiny("gpt2"), {"retained": FACTS, "nothing": []})
+
+
+def test_several_models_share_what_the_first_says_about_texts(monkeypatch) -> None:
+    first, second = tiny("llama"), load_model(random_model("llama", 1), tokenizer=tokenizer())
+    read: list[object] = []
+    plain = measuring.text_logits
+    monkeypatch.setattr(measuring, "text_logits", lambda model, chunk: read.append(model) or plain(model, chunk))
+    pair, n_chunks = {"one": second, "two": second}, len(text_chunks(first, TEXT, max_tokens=100))
+    kept = measure_forgetting(first, pair, {"general": TEXT})
+    assert read.count(first) == n_chunks
+    monkeypatch.setattr(measuring, "KEPT_BYTES", 0)
+    pd.testing.assert_frame_equal(measure_forgetting(first, pair, {"general": TEXT}), kept)
+    assert read.count(first) == 3 * n_chunks  # without room it is read for each of the two
+    alone = measure_forgetting(first, second, {"general": TEXT})
+    pd.testing.assert_frame_equal(alone, kept.query("method == 'two'")[alone.columns].reset_index(drop=True))

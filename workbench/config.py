@@ -23,7 +23,7 @@ class AttributionConfig(_Section):
     scope: str = Field("last", description="positions that move: last or all")
     objective: str = Field("logprob", description="what is differentiated: logprob, prob, logit or margin")
     target: str = Field("gold", description="gold (the fact's answer) or predicted")
-    max_facts: int | None = Field(30, ge=2, description="attribute so many known facts, half of them at most")
+    max_facts: int | None = Field(24, ge=2, description="attribute so many known facts, half of them at most")
 
 
 class SelectionConfig(_Section):
@@ -84,7 +84,7 @@ class Config(_Section):
     device: str = Field("auto", description="auto, cpu, cuda, mps")
     dtype: str = Field("auto", description="auto, float32, bfloat16, float16")
     retained: str = Field("world", description="facts that the model may know: a shipped name or a file")
-    implanted: str = Field("fictional:30", description="facts to be taught: a shipped name or a file")
+    implanted: str = Field("fictional:24", description="facts to be taught: a shipped name or a file")
     methods: tuple[str, ...] = Field(("loki", "loki_random", "lora"), description="what is compared")
     seed: int = Field(0, ge=0, description="seed of everything that is drawn")
     attribution: AttributionConfig = AttributionConfig()

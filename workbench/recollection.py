@@ -1,7 +1,7 @@
 """Does the model know it: `recall`, and the one way in which facts and texts are read from a model."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 import torch
@@ -81,8 +81,10 @@ def read_facts(
     readings: dict[int, Reading] = {}
     with tqdm(total=len(facts), unit="fact", desc="recall", disable=not progress) as bar:
         for indices in by_length([len(fact.ids) for fact in facts]):
-            readings.update(zip(indices, _read_batch(model, [facts[i] for i in indices], greedy), strict=True))
+            readings.update(zip(indices, _read_batch(model, [facts[i] for i in indices]), strict=True))
             bar.update(len(indices))
+        if greedy:
+            _finish_greedy(model, facts, readings)
     return [readings[i] for i in range(len(facts))]
 
 
@@ -111,8 +113,8 @@ def answer_losses(model: HookedModel, facts: Sequence[TokenisedFact]) -> list[Fl
     return [-logprob(logits[row, -len(target) :], target) for row, target in enumerate(targets)]
 
 
-def _read_batch(model: HookedModel, facts: Sequence[TokenisedFact], greedy: bool) -> list[Reading]:
-    """Teacher-forced readings, and the greedy continuation where it leaves the gold answer."""
+def _read_batch(model: HookedModel, facts: Sequence[TokenisedFact]) -> list[Reading]:
+    """Teacher-forced readings; the greedy text as far as they show it."""
     ids, mask = pad_batch([fact.ids[:-1] for fact in facts], side="left")
     logits = model.logits(ids, mask, last=max(len(fact.answer_ids) for fact in facts))
     readings = []
@@ -133,7 +135,7 @@ def _read_batch(model: HookedModel, facts: Sequence[TokenisedFact], greedy: bool
                 greedy=tuple(own.argmax(-1).tolist()[: _agreeing(ranks) + 1]),
             )
         )
-    return _finish_greedy(model, facts, readings) if greedy else readings
+    return readings
 
 
 def _agreeing(ranks: Sequence[int]) -> int:
@@ -141,15 +143,16 @@ def _agreeing(ranks: Sequence[int]) -> int:
     return next((k for k, value in enumerate(ranks) if value), len(ranks))
 
 
-def _finish_greedy(model: HookedModel, facts: Sequence[TokenisedFact], readings: list[Reading]) -> list[Reading]:
-    """Continue greedily until every prediction has as many tokens as its answer."""
+def _finish_greedy(model: HookedModel, facts: Sequence[TokenisedFact], readings: dict[int, Reading]) -> None:
+    """Continue greedily, a token at a time, until every prediction has as many tokens as its answer."""
     while short := [i for i, fact in enumerate(facts) if len(readings[i].greedy) < len(fact.answer_ids)]:
-        ids, mask = pad_batch([facts[i].prompt_ids + readings[i].greedy for i in short], side="left")
-        following = model.logits(ids, mask, last=1)[:, -1].argmax(-1).tolist()
-        for i, token in zip(short, following, strict=True):
-            old = readings[i]
-            readings[i] = Reading(old.logprobs, old.ranks, old.margin, (*old.greedy, token))
-    return readings
+        prefixes = [facts[i].prompt_ids + readings[i].greedy for i in short]
+        for rows in by_length([len(prefix) for prefix in prefixes]):
+            ids, mask = pad_batch([prefixes[row] for row in rows], side="left")
+            following = model.logits(ids, mask, last=1)[:, -1].argmax(-1).tolist()
+            for row, token in zip(rows, following, strict=True):
+                old = readings[short[row]]
+                readings[short[row]] = replace(old, greedy=(*old.greedy, token))
 
 
 def text_chunks(model: HookedModel, passages: Sequence[str], *, max_tokens: int, length: int = 256) -> list[list[int]]:

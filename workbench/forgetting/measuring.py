@@ -1,6 +1,7 @@
 """What a model lost: answers, texts and benchmark items read before and after, fact by fact and paired."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import pandas as pd
@@ -16,6 +17,8 @@ from workbench.recollection import read_facts, text_chunks, text_logits
 
 Suite = FactSet | Sequence[str]
 KEYS = ["suite", "metric", "mode", "fact", "weight"]
+#: Logits of general text before are kept for the next model while they take no more than this.
+KEPT_BYTES = 2**30
 
 
 def measure_forgetting(
@@ -66,6 +69,10 @@ def measure_forgetting(
 
     base = read(first)
     several = after if isinstance(after, Mapping) else {"after": after}
+    texts = {name: text_chunks(first, suite, max_tokens=max_tokens) for name, suite in suites.items()
+             if not isinstance(suite, FactSet)}  # fmt: skip
+    room = 4 * first.d_vocab * sum(len(chunk) for chunks in texts.values() for chunk in chunks) <= KEPT_BYTES
+    of_first = lru_cache(maxsize=None if room and len(several) > 1 else 0)(partial(text_logits, first))
     frames = []
     for name, model in tqdm(several.items(), unit="model", desc="forgetting", disable=not progress):
         second = open_model(model, beside=first, tokenizer=tokenizer)
@@ -73,9 +80,8 @@ def measure_forgetting(
         own = base.merge(read(second), on=KEYS, suffixes=("", "_after"), validate="one_to_one")
         frames.append(own.rename(columns={"value": "before", "value_after": "after"}).assign(method=name))
         frames += [
-            _read_text(first, second, suite, max_tokens).assign(method=name, suite=suite_name)
-            for suite_name, suite in suites.items()
-            if not isinstance(suite, FactSet)
+            _read_text(of_first, second, chunks).assign(method=name, suite=suite_name)
+            for suite_name, chunks in texts.items()
         ]
     result = pd.concat([frame for frame in frames if len(frame)], ignore_index=True)
     result = result.assign(change=lambda f: f["after"] - f["before"])
@@ -107,11 +113,14 @@ def _read_facts(model: HookedModel, facts: FactSet) -> pd.DataFrame:
 
 
 @torch.no_grad()
-def _read_text(before: HookedModel, after: HookedModel, passages: Sequence[str], max_tokens: int) -> pd.DataFrame:
-    """Negative log-likelihood before and after, and the divergence between them, of every piece of text."""
+def _read_text(before: Callable[..., Any], after: HookedModel, chunks: Sequence[list[int]]) -> pd.DataFrame:
+    """Negative log-likelihood before and after, and the divergence between them, of every piece of text.
+
+    `before` gives the logits of a piece, and the tokens that follow, of the model before.
+    """
     rows: list[dict[str, Any]] = []
-    for number, chunk in enumerate(text_chunks(before, passages, max_tokens=max_tokens)):
-        old, target = text_logits(before, chunk)
+    for number, chunk in enumerate(chunks):
+        old, target = before(tuple(chunk))
         new, _ = text_logits(after, chunk)
         label = {"mode": "teacher-forced", "fact": f"text-{number:04d}", "weight": float(len(target))}
         nll = [-float(logprob(logits, target).mean()) for logits in (old, new)]

@@ -2,13 +2,16 @@
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
 import transformers
-from gguf import GGUFReader
 from jaxtyping import Int
 from tokenizers import pre_tokenizers
 from torch import Tensor
@@ -39,7 +42,7 @@ class GgufSummary:
 def summarise_gguf(path: Path) -> GgufSummary:
     """Read the header of a GGUF file; a file that is none, or is cut short, raises `ValueError`."""
     try:
-        reader = GGUFReader(path)
+        reader = gguf.GGUFReader(path)
         n_weights = sum(int(tensor.n_elements) for tensor in reader.tensors)
     except (ValueError, IndexError, KeyError, UnicodeDecodeError, OverflowError) as error:
         raise ValueError(f"{path} is not a readable GGUF file ({error}); was it downloaded in full?") from error
@@ -82,7 +85,25 @@ def convert_gguf(path: Path, folder: Path, summary: GgufSummary | None = None) -
     agree; otherwise `RuntimeError`. An architecture that transformers cannot read raises `ValueError` before any weight
     is read.
     """
-    summary = summary or summarise_gguf(path)
+    with _parsed_once():
+        _convert(path, folder, summary or summarise_gguf(path))
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Parse a header, and map an architecture's names, once inside the `with`: transformers does either many times."""
+    reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
+    parsed = lru_cache(maxsize=1)(reader)
+    gguf.GGUFReader = lambda path, *mode: parsed(str(path), *mode)  # type: ignore[assignment, misc]
+    gguf.get_tensor_name_map = lru_cache(maxsize=1)(names)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = reader, names  # type: ignore[misc]
+
+
+def _convert(path: Path, folder: Path, summary: GgufSummary) -> None:
+    """Convert, save and check the copy."""
     if summary.n_tokens == 0:
         raise ValueError(f"{path.name} has no tokenizer in it; open the model as a folder of safetensors instead")
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
