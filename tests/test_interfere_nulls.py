@@ -13,9 +13,10 @@ from workbench.interfere.nulls import (
     BIN,
     against_meaning,
     against_relations,
+    by_chance,
     chance_level,
-    largest_by_chance,
-    largest_pair,
+    drawn,
+    level_of_all,
     matched_orders,
     orders,
     rate_interval,
@@ -160,7 +161,7 @@ def test_sizes_explain_what_the_matched_null_holds_fixed_and_the_free_one_does_n
         attrs={"unit": "neuron", "method": "ig", "model_digest": "m", "fact_digest": "f"},
     )
     found = interference(None, facts, ds, progress=False).sel(metric="cosine", layer=0)
-    largest = largest_pair(found["value"].values)
+    largest = drawn(found["value"].values).largest
     assert float(found["chance"]) < 0.7 * largest
     assert 0.9 * largest < float(found["matched_chance"]) < 1.2 * largest
 
@@ -172,9 +173,11 @@ def test_chance_is_a_percentile_of_the_largest_pairs() -> None:
         level = next(found)
         return np.array([[99.0, level], [level - 5, 99.0]])
 
-    free, matched = largest_by_chance(again, 2, np.ones(4), generator=np.random.default_rng(0), draws=20)
-    assert (free, matched) == (list(range(20)), list(range(20, 40)))
-    assert chance_level(free) == 19.0
+    free, matched = by_chance(again, 2, np.ones(4), generator=np.random.default_rng(0), draws=20)
+    assert [draw.largest for draw in (*free, *matched)] == list(range(40))
+    assert [draw.smallest for draw in free] == list(range(-5, 15))
+    assert (free[1].mean, free[1].below, free[3].below) == (-1.5, 1.0, 0.0)
+    assert chance_level([draw.largest for draw in free]) == 19.0
 
 
 def small() -> tuple[FactSet, xr.Dataset]:
@@ -218,10 +221,28 @@ def test_chance_is_exceeded_as_often_as_it_says(matched: bool) -> None:
                 return mixed @ mixed.T
 
             size = np.arange(48.0)  # says nothing of these scores
-            nulls = largest_by_chance(again, 5, size, generator=generator, draws=draws)[matched]
-            found.append(largest_pair(values @ values.T) > chance_level(nulls))
+            nulls = by_chance(again, 5, size, generator=generator, draws=draws)[matched]
+            found.append(drawn(values @ values.T).largest > chance_level([draw.largest for draw in nulls]))
     assert 0.025 < np.mean(exceeded) < 0.08  # 5% of 400, within 2.5 standard errors
     assert np.mean(planted) > 0.99
+
+
+def test_some_layer_is_beyond_its_level_as_often_as_it_says() -> None:
+    """Of 19 draws, one result in 20 has a layer beyond; what is planted is found in its layer, and seldom elsewhere."""
+    generator, any_layer, planted, elsewhere = np.random.default_rng(5), [], [], []
+    scale = np.array([0.0, 0.1, 1.0, 1.0, 5.0, 1.0, 1.0, 1.0, 2.0, 1.0])  # of the layers, one without any spread
+    for _ in range(400):
+        largest = scale * generator.gumbel(size=(20, 10))
+        observed, level = largest[0], level_of_all(largest[1:])
+        any_layer.append((observed > level).any())
+        beyond = observed + 9 * (np.arange(10) == 4) * scale > level
+        planted.append(beyond[4])
+        elsewhere.append(beyond[[0, 1, 2, 3, 5, 6, 7, 8, 9]].any())
+    assert 0.02 < np.mean(any_layer) < 0.085
+    assert np.mean(planted) > 0.9
+    assert np.mean(elsewhere) < 0.085
+    assert level_of_all(np.array([[1.0, 2.0], [0.0, 5.0]])).tolist() == [5.0, 5.0]  # two draws: the largest of all
+    assert level_of_all(np.ones((3, 2))).tolist() == [1.0, 1.0]
 
 
 def test_results_of_before_stay_valid_and_new_columns_are_checked() -> None:

@@ -151,7 +151,7 @@ def test_where_facts_collide_less_is_trained_and_the_total_stays():
     even = collisions([0.5] * 4, load)
     flat = select(data, strategy="interference_aware", quota=20, interference=even, weights={**OFF, "collision": 1})
     assert flat == select(data, quota=20)
-    lifted = clashing.assign(chance=clashing["chance"] + clashing["value"].values[:, :, 0, 1])  # all of it by chance
+    lifted = clashing.assign(expected=clashing["chance"] + clashing["value"].values[:, :, 0, 1])  # all of it by chance
     flat = select(data, strategy="interference_aware", quota=20, interference=lifted, weights={**OFF, "collision": 1})
     assert flat == select(data, quota=20)
 
@@ -260,7 +260,7 @@ def test_wrong_inputs_are_named(options, message):
 
 
 def test_collisions_are_overlaps_and_nothing_that_means_something_else() -> None:
-    """A larger gradient cosine is less harm: such a measure beside an overlap changes nothing, and alone is refused."""
+    """A larger gradient cosine is less harm: it changes nothing beside an overlap, and alone counts the other way."""
     scores = dataset(distinct(0, 6, 3, 20))
     plain = collisions([0.1, 0.5, 0.2], distinct(2, 1, 3, 20)[0])
     named = plain.assign_coords(metric=["cosine"])
@@ -269,6 +269,30 @@ def test_collisions_are_overlaps_and_nothing_that_means_something_else() -> None
     options = {"strategy": "interference_aware", "quota": 20}
     rows = [select(scores, interference=found, **options).positions() for found in (plain, named, both)]
     assert rows[0] == rows[1] == rows[2]
-    with pytest.raises(ValueError, match="read from cosine or jaccard; this interference has only gradient"):
-        select(scores, interference=other, **options)
+    turned = collisions([-0.9, -0.1, -0.1], distinct(2, 1, 3, 20)[0]).assign_coords(metric=["cosine"])
+    alone, as_overlap = (select(scores, interference=found, **options).positions() for found in (other, turned))
+    assert alone == as_overlap != rows[0]
+    keys = other.assign_coords(metric=["superposition"])
+    with pytest.raises(ValueError, match="from cosine, jaccard or gradient; this interference has only superposition"):
+        select(scores, interference=keys, **options)
     assert select(scores, interference=other, weights={"collision": 0}, **options).n_selected
+
+
+def test_a_layer_where_most_facts_lean_on_one_unit_collides_most() -> None:
+    """Its mean overlap is that of the other layers, where it comes of noise that shuffled units share as well."""
+    generator = np.random.default_rng(0)
+    scores = np.abs(generator.normal(size=(20, 6, 64)))
+    scores[:, 3] *= 1e-3
+    scores[:16, 3, 7], scores[range(16, 20), 3, range(20, 24)] = 1.0, 1.0
+    data = dataset(scores.astype(np.float32))
+    records = [{"id": str(i), "relation": "r", "prompt": f"p{i}", "answer": "a"} for i in data["fact"].values]
+    found = measured(None, FactSet.from_records(records), data, metrics=["cosine"], progress=False)
+    mean = found["value"].values[0][:, ~np.eye(20, dtype=bool)].mean(1)
+    assert mean.std() < 0.02
+    shuffled = [generator.permuted(scores[:, layer], axis=1) for layer in range(6)]
+    unit = [rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in shuffled]
+    by_hand = [float((rows @ rows.T)[~np.eye(20, dtype=bool)].mean()) for rows in unit]  # one draw
+    assert found["expected"].values[0] == pytest.approx(by_hand, abs=0.03)
+    options = {"strategy": "interference_aware", "quota": 20, "interference": found, "weights": {"load": 0}}
+    counts = select(data, **options).per_layer()["n_selected"].to_numpy()
+    assert counts[3] < 0.2 * np.delete(counts, 3).min()

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from workbench.engine import Clean, Room, check_engine, make_batch, room_for, run_clean, run_queries
 from workbench.facts import TokenisedFact
-from workbench.interfere.nulls import largest_pair, matched_orders, orders
+from workbench.interfere.nulls import drawn, matched_orders, orders
 from workbench.interfere.overlap import top_sets
 from workbench.interfere.problem import Found, Problem
 from workbench.metrics import logprob
@@ -60,7 +60,7 @@ def suppression(problem: Problem) -> Iterator[Found]:
                 drop[:, i] = np.array(row["drop"]).reshape(len(layers), -1)
     for place in range(len(layers)):
         own, shuffled, matched = np.split(drop[place], 3, axis=1)
-        yield Found(own, [largest_pair(shuffled)], [largest_pair(matched)])
+        yield Found(own, [drawn(shuffled)], [drawn(matched)])
 
 
 def _drops(

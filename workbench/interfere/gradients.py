@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from workbench.engine import room_for
 from workbench.facts import TokenisedFact
-from workbench.interfere.nulls import in_pairs, largest_by_chance
+from workbench.interfere.nulls import by_chance
 from workbench.interfere.problem import Found, Matrix, Problem
 from workbench.models import HookedModel, Patch
 from workbench.recollection import answer_losses, by_length
@@ -65,17 +65,14 @@ def _found(rows: Rows, owner: Int[Tensor, " row"], n_facts: int, generator: np.r
     """The cosines of one layer and their nulls."""
     slope, key = rows
 
-    rates: list[float] = []
-
     def again(order: np.ndarray) -> Matrix:
-        cosines = _cosines(inner_products(slope, key.gather(1, torch.from_numpy(order)[owner]), owner, n_facts))
-        rates.append(float((in_pairs(cosines[None])[0] < 0).mean()))
-        return cosines
+        return _cosines(inner_products(slope, key.gather(1, torch.from_numpy(order)[owner]), owner, n_facts))
 
     products = inner_products(slope, key, owner, n_facts)
     size = key.abs().double().mean(0).numpy()
-    nulls = largest_by_chance(again, n_facts, size, generator=generator, draws=DRAWS)
-    below = {"conflict_chance": [np.mean(rates[:DRAWS]).item()], "conflict_matched": [np.mean(rates[DRAWS:]).item()]}
+    nulls = by_chance(again, n_facts, size, generator=generator, draws=DRAWS)
+    rates = [[float(np.mean([draw.below for draw in null]))] for null in nulls]
+    below = dict(zip(("conflict_chance", "conflict_matched"), rates, strict=True))
     return Found(_cosines(products), *nulls, by_fact={"gradient_norm": np.sqrt(np.diag(products))}, notes=below)
 
 

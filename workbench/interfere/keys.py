@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from workbench.interfere.moments import Moment, second_moments
-from workbench.interfere.nulls import largest_by_chance
+from workbench.interfere.nulls import by_chance
 from workbench.interfere.problem import Found, Matrix, Problem
 from workbench.models import Patch, pad_batch
 from workbench.recollection import by_length
@@ -46,7 +46,7 @@ def _superposition(problem: Problem, text: Iterator[tuple[int, Moment]]) -> Iter
             return _projections(np.take_along_axis(white, order, axis=1))
 
         size = np.abs(white).mean(0)
-        nulls = largest_by_chance(again, len(white), size, generator=problem.generator(layer), draws=DRAWS)
+        nulls = by_chance(again, len(white), size, generator=problem.generator(layer), draws=DRAWS)
         notes = {"text_tokens": moment.tokens, "keys_at_last_token": fallen_back, "shrinkage": [shrinkage]}
         yield Found(_projections(white), *nulls, notes=notes)
 

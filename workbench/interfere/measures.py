@@ -16,9 +16,9 @@ from workbench.interfere.cross import suppression
 from workbench.interfere.gradients import gradient
 from workbench.interfere.keys import superposition
 from workbench.interfere.meaning import meaning
-from workbench.interfere.nulls import against_meaning, against_relations, chance_level
+from workbench.interfere.nulls import against_meaning, against_relations, chance_level, level_of_all
 from workbench.interfere.overlap import cosine_overlap, jaccard_overlap
-from workbench.interfere.problem import Found, Matrix, Problem
+from workbench.interfere.problem import Draw, Found, Matrix, Problem
 from workbench.intervals import DRAWS, benjamini_hochberg
 from workbench.models import HookedModel, check_unit
 from workbench.results import Parts, check_asked, check_made_with, validate_interference
@@ -98,8 +98,10 @@ def interference(
         `p_value`, and `q_value` (Benjamini-Hochberg over the layers of the metric); `chance`, what the largest value of
         any two facts reaches when every fact's units are shuffled, in `unit_draws` draws (an attribute, by metric: n
         draws are exceeded by chance in one layer of n + 1), and `matched_chance` when they are shuffled among units of
-        similar size only. With a model, `meaning` (fact, other), how near two facts are by the embedding, and per
-        metric and layer its rank correlation with the value `meaning_rho`, `meaning_p` (Mantel) and `meaning_q`.
+        similar size only; `expected`, the mean value of two facts when units are shuffled; `level`, beyond which a pair
+        collides, corrected over layers (see `colliding_pairs`). With a model, `meaning` (fact, other), how near two
+        facts are by the embedding, and per metric and layer its rank correlation with the value `meaning_rho`,
+        `meaning_p` (Mantel) and `meaning_q`.
         `load` (layer, unit): mean |score| over facts, what the facts lean on. With "gradient", `gradient_norm`
         (layer, fact).
 
@@ -229,21 +231,33 @@ def _filled(
     notes: dict[str, Any],
     progress: bool,
 ) -> dict[str, np.ndarray]:
-    """Run one measure: its values into `value`, what comes with it into `beside` and `notes`; gives the two chances."""
-    chance = {"chance": np.zeros(len(value)), "matched_chance": np.zeros(len(value))}
+    """Run one measure: values into `value`, what comes with them into `beside` and `notes`; gives what chance does."""
+    nulls: tuple[list[Sequence[Draw]], list[Sequence[Draw]]] = ([], [])
     n_facts = value.shape[-1]
     layers = tqdm(stream, total=len(value), unit="layer", desc=name, disable=not progress)
     for place, found in enumerate(layers):
         value[place] = found.value
-        notes.setdefault("unit_draws", {})[name] = len(found.largest)
-        chance["chance"][place] = chance_level(list(found.largest))
-        chance["matched_chance"][place] = chance_level(list(found.largest_matched))
+        notes.setdefault("unit_draws", {})[name] = len(found.free)
+        nulls[0].append(found.free)
+        nulls[1].append(found.matched)
         for column, numbers in found.by_fact.items():
             whole = np.zeros((len(value), n_facts), dtype=np.float32)
             beside.setdefault(column, (("layer", "fact"), whole))[1][place] = numbers
         for key, note in found.notes.items():
             notes[key] = [*notes.get(key, []), *note] if isinstance(note, list) else note
-    return chance
+    return _of_chance(nulls, METRICS[name].harmful)
+
+
+def _of_chance(nulls: Sequence[Sequence[Sequence[Draw]]], harmful: int) -> dict[str, np.ndarray]:
+    """What the draws of the free and of the matched null say of every layer; harm lies above (1) or below (-1)."""
+    free, matched = nulls
+    ends = np.array([[draw.largest if harmful > 0 else -draw.smallest for draw in layer] for layer in free])
+    return {
+        "chance": np.array([chance_level([draw.largest for draw in layer]) for layer in free]),
+        "matched_chance": np.array([chance_level([draw.largest for draw in layer]) for layer in matched]),
+        "expected": np.array([np.mean([draw.mean for draw in layer]) for layer in free]),
+        "level": harmful * level_of_all(ends.T),
+    }
 
 
 def _tested(

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from workbench.interfere.problem import Matrix
+from workbench.interfere.problem import Draw, Matrix
 from workbench.intervals import bootstrap, standard_ranks
 
 Order = Int[np.ndarray, "fact unit"]
@@ -45,21 +45,27 @@ def matched_orders(n_facts: int, size: Float[np.ndarray, " unit"], generator: np
     return order
 
 
-def largest_by_chance(
+def by_chance(
     again: Callable[[Order], Matrix], n_facts: int, size: Float[np.ndarray, " unit"], *,
     generator: np.random.Generator, draws: int,
-) -> tuple[list[float], list[float]]:  # fmt: skip
-    """The largest value of any two facts in `draws` draws of shuffled units, and of units shuffled within their bins.
+) -> tuple[list[Draw], list[Draw]]:  # fmt: skip
+    """What `draws` draws of shuffled units give, and as many of units shuffled within their bins.
 
     `again` gives the measure when fact i's unit u does what its unit `order[i, u]` did.
     """
-    free = [largest_pair(again(orders(n_facts, len(size), generator))) for _ in range(draws)]
-    return free, [largest_pair(again(matched_orders(n_facts, size, generator))) for _ in range(draws)]
+    free = [drawn(again(orders(n_facts, len(size), generator))) for _ in range(draws)]
+    return free, [drawn(again(matched_orders(n_facts, size, generator))) for _ in range(draws)]
 
 
-def largest_pair(matrix: Matrix) -> float:
-    """The largest entry off the diagonal."""
-    return float(matrix[~np.eye(len(matrix), dtype=bool)].max())
+def drawn(matrix: Matrix) -> Draw:
+    """What a draw gives, read off the values of every two facts.
+
+    >>> drawn(np.array([[9.0, 1.0], [-3.0, 9.0]]))
+    Draw(largest=1.0, smallest=-3.0, mean=-1.0, below=1.0)
+    """
+    pairs = matrix[~np.eye(len(matrix), dtype=bool)]
+    below = float((in_pairs(matrix[None])[0] < 0).mean())
+    return Draw(float(pairs.max()), float(pairs.min()), float(pairs.mean()), below)
 
 
 def chance_level(largest: list[float]) -> float:
@@ -68,6 +74,28 @@ def chance_level(largest: list[float]) -> float:
     Of n draws with n < 20, what was observed lies above it by chance with probability 1 / (n + 1).
     """
     return float(np.quantile(largest, 0.95, method="higher"))
+
+
+def level_of_all(largest: Float[np.ndarray, "draw layer"]) -> Float[np.ndarray, " layer"]:
+    """What the largest pair of each layer has to exceed, so that any layer does by chance in one result of n + 1.
+
+    The correction over layers. Every draw is set against the others in standard deviations of its layer (their square
+    half the layer's own variance, half the mean one, which steadies both); a layer's level lies above the mean of its
+    draws by the largest such distance of any draw in any layer. Of fewer than 3 draws, the largest of all layers.
+    """
+
+    def spread(rows: Float[np.ndarray, "row layer"]) -> Float[np.ndarray, " layer"]:
+        own = rows.var(0, ddof=1)
+        return np.sqrt((own + own.mean()) / 2)
+
+    if len(largest) < 3:
+        return np.full(largest.shape[1], largest.max())
+    farthest = 0.0
+    for place, draw in enumerate(largest):
+        others = np.delete(largest, place, axis=0)
+        gap, scale = draw - others.mean(0), spread(others)
+        farthest = max(farthest, float(np.divide(gap, scale, out=np.zeros_like(gap), where=scale > 0).max()))
+    return largest.mean(0) + farthest * spread(largest)
 
 
 def in_pairs(values: Values) -> Float[np.ndarray, "layer pair"]:

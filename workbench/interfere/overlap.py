@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from jaxtyping import Bool, Float
 
-from workbench.interfere.nulls import largest_by_chance
+from workbench.interfere.nulls import by_chance
 from workbench.interfere.problem import Found, Matrix, Problem, Scores
 
 #: Draws of the shuffled units.
@@ -64,7 +64,7 @@ def _overlaps(
             return combine(np.take_along_axis(made, order, axis=1))
 
         size = np.abs(scores).mean(0).astype(np.float64)
-        nulls = largest_by_chance(again, len(scores), size, generator=problem.generator(layer), draws=DRAWS)
+        nulls = by_chance(again, len(scores), size, generator=problem.generator(layer), draws=DRAWS)
         yield Found(combine(made), *nulls)
 
 

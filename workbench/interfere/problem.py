@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xarray as xr
@@ -18,21 +18,32 @@ Scores = Float[np.ndarray, "fact unit"]
 Matrix = Float[np.ndarray, "fact other"]
 
 
+class Draw(NamedTuple):
+    """What one draw of shuffled units gives: the largest, smallest and mean value of two facts, and the share of pairs
+    below 0, each pair the mean of its two directions.
+    """
+
+    largest: float
+    smallest: float
+    mean: float
+    below: float
+
+
 @dataclass(frozen=True)
 class Found:
     """What a measure finds in one layer.
 
     Attributes:
         value: entry [i, j] is what fact j does to fact i; the diagonal is a fact with itself.
-        largest: the largest value of any two facts in every draw in which each fact's units are shuffled.
-        largest_matched: the same, shuffled only among units of similar size.
+        free: every draw in which each fact's units are shuffled.
+        matched: the same, shuffled only among units of similar size.
         by_fact: more numbers of the layer, one a fact, by the name of their variable in the result.
         notes: attributes of the result; lists are joined over layers, anything else is the same in all of them.
     """
 
     value: Matrix
-    largest: Sequence[float]
-    largest_matched: Sequence[float]
+    free: Sequence[Draw]
+    matched: Sequence[Draw]
     by_fact: Mapping[str, Float[np.ndarray, " fact"]] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
 

@@ -10,7 +10,7 @@ from workbench.interfere.nulls import in_pairs, rate_interval
 #: The numbers per metric and layer, in the order of the frame; results of before may lack some.
 COLUMNS = (
     "within", "across", "difference", "low", "high", "null_low", "null_high", "p_value", "q_value",
-    "chance", "matched_chance", "meaning_rho", "meaning_p", "meaning_q",
+    "chance", "matched_chance", "expected", "level", "meaning_rho", "meaning_p", "meaning_q",
 )  # fmt: skip
 
 
@@ -20,14 +20,25 @@ def within_across(result: xr.Dataset) -> pd.DataFrame:
 
 
 def colliding_pairs(result: xr.Dataset, *, metric: str = "cosine") -> pd.DataFrame:
-    """Pairs of facts whose value lies beyond chance: layer, fact, other, same_relation, value, chance; strongest first.
+    """Pairs of facts whose value lies beyond chance, strongest first.
 
-    A pair of a measure that is not symmetric is listed for each direction that is beyond chance; `fact` is the one
-    that suffers. A measure whose low values are the harmful ones is a `ValueError`: see `conflict_rates`.
+    Beyond chance is beyond the `level` of the layer: further than any pair is in draws of shuffled units, corrected
+    over layers; without collisions one result in n + 1 has some, n the draws (`unit_draws`). Where low values are the
+    harmful ones, as of "gradient", beyond is below.
+
+    Returns:
+        Frame with layer, fact, other, same_relation, value, level, and matched_chance, what the largest pair reaches by
+        chance where units are shuffled among those of similar size only: a collision that does not exceed it, of facts
+        that lean on loud units, may be no more than that. A pair of a measure that is not symmetric is listed for each
+        direction that is beyond; `fact` is the one that suffers.
+
+    Raises:
+        ValueError: a measure that the result lacks, or a result from before there were levels.
     """
     _asked(result, metric)
-    if metric in METRICS and METRICS[metric].harmful < 0:
-        raise ValueError(f"Large values of {metric} mean less harm, so none is a collision: see conflict_rates.")
+    if "level" not in result:
+        raise ValueError("This result is from before there were levels: compute the interference again.")
+    harmful = METRICS[metric].harmful if metric in METRICS else 1
     rows = []
     relations = result["relation"].values
     ids = result["fact"].values
@@ -38,8 +49,8 @@ def colliding_pairs(result: xr.Dataset, *, metric: str = "cosine") -> pd.DataFra
         first, second = np.concatenate([first, second]), np.concatenate([second, first])
     for layer in result["layer"].values:
         values = result["value"].sel(metric=metric, layer=layer).values[first, second]
-        chance = float(result["chance"].sel(metric=metric, layer=layer))
-        found = values > chance + 1e-6
+        level, matched = (float(result[name].sel(metric=metric, layer=layer)) for name in ("level", "matched_chance"))
+        found = harmful * (values - level) > 1e-6
         rows.append(
             pd.DataFrame(
                 {
@@ -48,13 +59,14 @@ def colliding_pairs(result: xr.Dataset, *, metric: str = "cosine") -> pd.DataFra
                     "other": ids[(first if suffers else second)[found]],
                     "same_relation": relations[first[found]] == relations[second[found]],
                     "value": values[found],
-                    "chance": chance,
+                    "level": level,
+                    "matched_chance": matched,
                 }
             )
         )
     frame = pd.concat(rows, ignore_index=True)
     return frame.sort_values(
-        ["value", "layer", "fact", "other"], ascending=[False, True, True, True], ignore_index=True
+        ["value", "layer", "fact", "other"], ascending=[harmful < 0, True, True, True], ignore_index=True
     )
 
 

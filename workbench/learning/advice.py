@@ -34,7 +34,7 @@ def layer_advice(
 
     Args:
         interference: a result of `interference` for the retained facts; of its measures the overlaps "cosine"
-            and "jaccard" count.
+            and "jaccard" count, "gradient" (its sign turned) where neither is there.
         new: a result of `attribute` for the facts to be taught, of the same model and unit kind.
         quota: share of all units that is trained, in percent.
         weights: of the terms "collision" and "new"; 1 each where they are left out.
@@ -43,7 +43,7 @@ def layer_advice(
 
     Returns:
         A row a layer: layer; `load_share` (of all that retained facts lean on, 0 to 1); `collision` (mean overlap of
-        retained facts less chance, in standard deviations over layers, mean over the measures); with `new` also
+        retained facts less the mean by chance, in standard deviations over layers, mean over the measures); with `new` also
         `overlap`, `low`, `high` (Spearman correlation over units of a new fact's |score| with the load: mean and 95%
         interval over new facts) and `chance` (the 95th percentile of that mean when the load's units are shuffled);
         `budget` (units), `percent` (of the layer) and `reason`.

@@ -25,8 +25,10 @@ from workbench.selection.voting import (
 
 #: The terms and their default weights.
 WEIGHTS: dict[str, float] = {"collision": 1.0, "load": 1.0, "new": 1.0}
-#: The measures of interference that say how far facts share units; others are read only where neither is there.
+#: The measures of interference that say how far facts share units, and the one that is read where neither is there,
+#: each with the sign of harm.
 OVERLAPS = ("cosine", "jaccard")
+CONFLICT = "gradient"
 
 
 class Evidence(NamedTuple):
@@ -147,27 +149,34 @@ def _restricted(ds: xr.Dataset, name: str, source: ScoreSource, variables: tuple
 
 
 def _collisions(found: xr.Dataset) -> np.ndarray:
-    """Mean overlap of two facts less what chance gives, standardised over layers, mean over the measures of overlap."""
+    """Mean overlap of two facts less the mean that chance gives, standardised over layers, mean over the measures.
+
+    Of gradients, read where no overlap is there, it is the mean cosine with its sign turned.
+    """
     n_facts = found.sizes["fact"]
     if n_facts < 2:
         raise ValueError("Facts collide in pairs; interference has fewer than 2 facts.")
     scores = np.zeros(found.sizes["layer"])
     names = [str(name) for name in np.atleast_1d(found["metric"].values)] if "metric" in found.coords else []
     overlaps = [place for place, name in enumerate(names) if name in OVERLAPS]
+    sign = 1 if overlaps else -1
+    overlaps = overlaps or [place for place, name in enumerate(names) if name == CONFLICT]
     if names and not overlaps:
         raise ValueError(
-            f"Collisions are read from {' or '.join(OVERLAPS)}; this interference has only {', '.join(names)}: compute "
-            "it with one of them as well, or give the term collision the weight 0."
+            f"Collisions are read from {', '.join(OVERLAPS)} or {CONFLICT}; this interference has only "
+            f"{', '.join(names)}: compute it with one of them as well, or give the term collision the weight 0."
         )
     found = found.isel(metric=overlaps) if names else found
     value = found["value"].transpose("metric", "layer", "fact", "other")
-    chance = found["chance"].transpose("metric", "layer").values if "chance" in found else np.zeros(value.shape[:2])
+    by_chance = np.zeros(value.shape[:2])
+    if "expected" in found:
+        by_chance = found["expected"].transpose("metric", "layer").values
     for metric in range(value.shape[0]):
         mean = np.zeros(len(scores))
         for layer in range(len(scores)):  # a layer at a time: all pairs of all layers may not fit
             pairs = np.asarray(value[metric, layer].values, dtype=np.float64)
             mean[layer] = (pairs.sum() - np.trace(pairs)) / (n_facts * (n_facts - 1))
-        above = mean - chance[metric]
+        above = (sign if names else 1) * (mean - by_chance[metric])
         if not np.isfinite(above).all():
             raise ValueError("interference holds overlaps that are not finite: compute it again.")
         spread = above.std()
