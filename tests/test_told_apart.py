@@ -1,6 +1,7 @@
 """What is not the same is not taken for it: models by weights, settings and tokens; facts by what they ask."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -152,3 +153,20 @@ def test_odd_files_are_one_sentence_with_their_place(tmp_path) -> None:
     (tmp_path / "s.json").write_text(json.dumps(chosen))
     with pytest.raises(ValueError, match="n_units and n_layers are whole numbers"):
         wb.Selection.load(tmp_path / "s.json")
+
+
+def test_weights_changed_in_place_make_another_model_and_nothing_old_is_taken_for_it(tmp_path: Path) -> None:
+    theirs = random_model("llama")
+    model = load_model(theirs, tokenizer=tokenizer())
+    first = model.digest
+    assert model.digest is first  # not computed again
+    attribute(model, FACTS, steps=2, out=tmp_path / "scores.zarr", progress=False)
+    weight = theirs.model.layers[1].mlp.down_proj.weight
+    with torch.no_grad():
+        weight.mul_(2)
+    second = model.digest
+    weight.data[0] += 1.0  # as peft merges: a write that is not counted
+    assert len({first, second, model.digest}) == 3
+    assert load_model(theirs, tokenizer=tokenizer()).digest == model.digest
+    with pytest.raises(ValueError, match="model_digest"):
+        attribute(model, FACTS, steps=2, out=tmp_path / "scores.zarr", progress=False)

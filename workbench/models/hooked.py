@@ -13,7 +13,6 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -123,13 +122,26 @@ class HookedModel:
         """Unembedding, one row a token (the same tensor as `W_E` where the two are tied)."""
         return self.hf.get_output_embeddings().weight
 
-    @cached_property
+    @property
     def digest(self) -> str:
         """SHA-256 over what a model says: equal for equal models, whatever their name.
 
         That is every weight's name, type, shape and bytes, the settings of the architecture, and what the tokenizer
-        makes of a few lines of text (a BOS among them).
+        makes of a few lines of text (a BOS among them). It is computed anew once the weights, which a loaded model
+        shares with its owner, have been changed in place (seen by PyTorch's count of writes and the weights' sums).
         """
+        weights = self.hf.state_dict()
+        sums = torch.stack([tensor.detach().sum(dtype=torch.float32) for tensor in weights.values()]).tolist()
+        state = [
+            (name, t.data_ptr(), t._version, total) for (name, t), total in zip(weights.items(), sums, strict=True)
+        ]
+        kept: tuple[Any, str] | None = self.__dict__.get("_digest")
+        if kept is None or kept[0] != repr(state):
+            kept = (repr(state), self._computed_digest())
+            self.__dict__["_digest"] = kept
+        return kept[1]
+
+    def _computed_digest(self) -> str:
         settings = self.config.to_diff_dict().items()
         plain = {name: value for name, value in settings if name not in NO_MATTER and not name.endswith("_token_id")}
         tokens = [list(self.tokenizer(line).input_ids) for line in PROBES] if self.tokenizer is not None else None
