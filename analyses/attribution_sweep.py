@@ -72,7 +72,7 @@ class Subject:
 
     def __init__(self, sweep: Sweep, name: str) -> None:
         self.sweep, self.name = sweep, name
-        self.folder = sweep.out / name_of(name)
+        self.folder = sweep.out / "-".join([name_of(name), *changing(name)])
 
     @cached_property
     def model(self) -> wb.HookedModel:
@@ -83,7 +83,8 @@ class Subject:
     def facts(self) -> dict[str, wb.FactSet]:
         """The facts of every relation: those it knows, drawn by seed; kept in the folder."""
         sweep = self.sweep
-        key = digest_of([sweep.facts, list(sweep.relations), sweep.per_relation, sweep.all_facts, sweep.seed])[:12]
+        asked = [sweep.facts, *changing(sweep.facts), list(sweep.relations)]
+        key = digest_of([asked, sweep.per_relation, sweep.all_facts, sweep.seed])[:12]
         kept = self.folder / f"facts-{key}.jsonl"
         if not kept.is_file():
             chosen = wb.load_facts(sweep.facts)
@@ -113,6 +114,15 @@ class Subject:
             spent = (time.perf_counter() - started) / max(1, len(facts) - before)
             save_json({"model": self.model.name, "dtype": str(self.model.dtype), "seconds_per_fact": spent}, about)
         return open_result(scores), load_json(about)["seconds_per_fact"]
+
+
+def changing(name: str) -> list[str]:
+    """What tells a file or folder from an earlier one of its name, by sizes and times; nothing for other names."""
+    place = Path(name)
+    if not place.exists():
+        return []
+    files = sorted(place.rglob("*")) if place.is_dir() else [place]
+    return [digest_of([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])[:8]]
 
 
 def shown(model: str) -> str:

@@ -191,6 +191,16 @@ def test_attribution_sweep_summarises_by_hand(tmp_path: Path) -> None:
     assert silent["gap"].isna().all()
 
 
+def test_what_changes_under_its_name_is_told_apart(tmp_path: Path) -> None:
+    sweep = script("analyses", "attribution_sweep")
+    saved(tmp_path / "tiny")
+    first = sweep.changing(str(tmp_path / "tiny"))
+    assert sweep.changing(str(tmp_path / "tiny")) == first != []
+    saved(tmp_path / "tiny", seed=1)
+    assert sweep.changing(str(tmp_path / "tiny")) != first
+    assert sweep.changing("smollm2-135m") == []
+
+
 def test_attribution_sweep_refers_to_ablation_where_there_is_one(tmp_path: Path) -> None:
     sweep = script("analyses", "attribution_sweep")
     plan = sweep.Sweep(tmp_path, (), ("node",), ("ig", "kn", "loki-code"), (0, 2, 8), (), "world", 1, True, 0)

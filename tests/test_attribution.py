@@ -367,3 +367,19 @@ def test_every_definition_runs_in_float64(method: str) -> None:
     unit = "neuron" if method == "kn" else "node"
     double, single = (run(model, FACTS, method=method, unit=unit)["score"].values for model in (exact, tiny("llama")))
     np.testing.assert_allclose(double, single, atol=2e-3 * np.abs(single).max())
+
+
+def test_it_makes_no_difference_whether_gradients_are_on_around_the_call() -> None:
+    expected = run(load_model(random_model("llama"), tokenizer=tokenizer()), steps=2)["score"].values
+    for around in (torch.no_grad, torch.inference_mode):
+        fresh = load_model(random_model("llama"), tokenizer=tokenizer())  # whose engine is not checked yet
+        with around():
+            np.testing.assert_array_equal(run(fresh, steps=2)["score"].values, expected)
+
+
+def test_what_will_not_fit_on_the_disk_is_refused_before_the_first_pass(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(scoring, "free_bytes", lambda path: 1000)
+    monkeypatch.setattr(scoring, "score_batch", lambda *_: pytest.fail("started"))
+    with pytest.raises(ValueError, match=r"The scores take 3\.17e-06 GB, and 1e-06 GB are free where .*a\.zarr"):
+        run(tiny("llama"), out=tmp_path / "a.zarr")
+    assert not list(tmp_path.iterdir())

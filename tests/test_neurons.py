@@ -274,10 +274,39 @@ def test_matched_units_are_the_nearest_others_of_their_layer(scope: str) -> None
         matched_units(model, selection_of(model, crowd), prompts, draws=2)
 
 
+def test_erasing_and_editing_fact_by_fact_stand_beside_matched_units() -> None:
+    model, facts, neurons = found()
+    neurons = neurons[neurons["fact"].isin(["France", "Italy"])]
+    before = model.digest
+    erased = effects(model, facts, neurons, action="erase", controls=2, progress=False)
+    kinds = erased.groupby(["fact", "group", "units"])["change"].mean()
+    by_hand = means(measure_erase(model, facts[:1].per_prompt(), neurons[neurons["fact"] == "France"]))
+    by_hand = by_hand.set_index(["suite", "metric"])["change"]
+    assert kinds["France", "fact", "chosen"] == pytest.approx(by_hand["erased", "logprob"])
+    assert kinds["France", "fact", "chosen"] < -5
+    assert kinds["France", "relation", "chosen"] == kinds["France", "fact", "matched"] == 0
+    assert kinds["Italy", "others", "chosen"] < -1  # it shares its neuron with Spain
+    new = {"France": "Rome", "Italy": "Paris"}
+    edited = effects(model, facts, neurons, action="edit", answers=new, controls=2, progress=False)
+    kinds = edited.groupby(["fact", "group", "units"])[["change", "n"]].mean()
+    assert kinds.loc[("France", "new", "chosen"), "change"] > 5 > 0 > kinds.loc[("France", "fact", "chosen"), "change"]
+    assert abs(kinds.loc[("France", "new", "matched"), "change"]) < 1e-5
+    assert kinds.loc[("France", "new", "chosen"), "n"] == 3  # the prompt and its two paraphrases
+    one_by_hand = means(measure_edit(model, facts[0], neurons[neurons["fact"] == "France"], "Rome"))
+    after = one_by_hand.set_index(["suite", "metric"])["change"]
+    mean = (after["efficacy", "logprob"] + 2 * after["paraphrase", "logprob"]) / 3
+    assert kinds.loc[("France", "new", "chosen"), "change"] == pytest.approx(mean, rel=1e-5)
+    assert model.digest == before
+
+
 def test_wrong_effects_are_named() -> None:
     model, facts, neurons = found()
     for options, sentence in (
         ({"action": "delete"}, "action must be"),
+        ({"action": "edit"}, 'The action "edit", and no other'),
+        ({"answers": {"France": "Rome"}}, 'The action "edit", and no other'),
+        ({"action": "edit", "answers": {"France": "Rome"}}, "no new answer: name it"),
+        ({"action": "erase", "factor": 0.5}, "leave it out"),
         ({"controls": 0}, "controls of at least 1"),
         ({"neurons": neurons.iloc[:0]}, "no rows"),
         ({"facts": facts[:1]}, "the fact 'Japan', which is not among"),
@@ -427,7 +456,8 @@ def test_the_command_erases_and_edits(tmp_path, monkeypatch, capsys) -> None:
     model = wb.load_model(folder)
     found = knowledge_neurons(model, FACTS[:5], method="grad_x_act", progress=False)
     assert call(monkeypatch, "neurons", *common, "--effect", "erase") == 0
-    pd.testing.assert_frame_equal(pd.read_parquet(table), measure_erase(model, FACTS[:5], found), rtol=1e-4)
+    read = effects(model, FACTS[:5], found, action="erase", progress=False)
+    pd.testing.assert_frame_equal(pd.read_parquet(table), read, rtol=1e-3, atol=1e-5)
     fact, new = FACTS[0], FACTS[1].answer
     assert call(monkeypatch, "neurons", *common, "--edit", fact.id, "--to", new) == 0
     own = found[found["fact"] == fact.id]

@@ -10,7 +10,7 @@ from tiny import FACTS, random_model, saved, tiny, tokenizer
 from tokenizers import processors
 
 import workbench as wb
-from workbench.attribution import attribute
+from workbench.attribution import attribute, by_fact
 from workbench.config import TrainConfig
 from workbench.facts import FactSet
 from workbench.models import HookedModel, load_model
@@ -18,6 +18,7 @@ from workbench.opening import open_model
 from workbench.results import save_result
 from workbench.semantics import attribute_drift
 from workbench.suppression import suppression_curve
+from workbench.suppression.curve import held_out
 from workbench.tracing.spans import subject_tokens
 
 #: The facts, each asked another way, under the same ids.
@@ -170,3 +171,13 @@ def test_weights_changed_in_place_make_another_model_and_nothing_old_is_taken_fo
     assert load_model(theirs, tokenizer=tokenizer()).digest == model.digest
     with pytest.raises(ValueError, match="model_digest"):
         attribute(model, FACTS, steps=2, out=tmp_path / "scores.zarr", progress=False)
+
+
+def test_facts_seen_by_another_id_are_not_held_out_also_after_an_average_over_prompts() -> None:
+    model = tiny("llama")
+    seen = by_fact(attribute(model, FACTS[:3].per_prompt(), method="grad_x_act", progress=False))
+    same = [{**fact, "id": f"other-{fact['id']}"} for fact in FACTS[:2].to_records()]
+    same[1] |= {"prompt": FACTS[1].paraphrases[0], "paraphrases": []}
+    with pytest.raises(ValueError, match="2 of the 2 facts to be read were used for the attribution"):
+        suppression_curve(model, seen, FactSet.from_records(same), quotas=[20])
+    assert held_out(FACTS[3:], seen) == FACTS[3:]

@@ -30,11 +30,13 @@ from workbench.facts import FactSet, TokenisedFact
 from workbench.metrics import OBJECTIVES, logprob
 from workbench.models import HookedModel
 from workbench.path import Path
-from workbench.results import open_store
+from workbench.results import free_bytes, open_store
 
 log = logging.getLogger(__name__)
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def attribute(
     model: HookedModel,
     facts: FactSet,
@@ -94,6 +96,8 @@ def attribute(
     settings = checked_settings(method, unit, steps, rule, baseline, scope, objective, target, tolerance, seed)
     work = prepare(model, facts, settings, batch_size, memory)
     check_engine(model)
+    if out is not None:
+        _check_disk(pathlib.Path(out), work)
     notes = {"model": model.name, "facts": facts.name, "dtype": str(model.dtype).removeprefix("torch.")}
     with open_store(out, **work.labels, notes=notes, resume=resume) as store:
         room = work.room
@@ -141,6 +145,18 @@ def prepare(
         "attrs": asdict(settings) | {"model_digest": model.digest, "fact_digest": facts.digest},
     }
     return Work(tokenised, room, labels)
+
+
+def _check_disk(out: pathlib.Path, work: Work) -> None:
+    """Refuse a result that is new and does not fit: scores are stored as they are, four bytes a number."""
+    labels = work.labels
+    need = 4 * len(labels["ids"]) * labels["n_layers"] * (labels["n_units"] + 1)
+    have = free_bytes(out)
+    if not out.exists() and have < need:
+        raise ValueError(
+            f"The scores take {need / 1e9:.3g} GB, and {have / 1e9:.3g} GB are free where {out} is to be: make room, "
+            "choose another place, or attribute fewer facts."
+        )
 
 
 Scores = tuple[Float[np.ndarray, "batch layer width"], Float[np.ndarray, "batch layer"], Float[np.ndarray, " batch"]]

@@ -46,7 +46,8 @@ def strongest(attribution: xr.Dataset, facts: FactSet, *, top: int = 12) -> pd.D
 def by_fact(attribution: xr.Dataset) -> xr.Dataset:
     """One score a fact from the attribution of several of its prompts (`FactSet.per_prompt`): means over prompts.
 
-    The result has the facts in the order in which they first appear, and `n_prompts` (fact,).
+    The result has the facts in the order in which they first appear, `n_prompts` (fact,), and `prompt_text` (fact,
+    prompt), what tells their prompts from others.
 
     Raises:
         ValueError: a fact id that is not `<id>#<number>`.
@@ -60,7 +61,13 @@ def by_fact(attribution: xr.Dataset) -> xr.Dataset:
     for fact in dict.fromkeys(owner.tolist()):
         rows = attribution.isel(fact=np.flatnonzero(owner == fact))
         mean = rows[["score", "gap", "target_prob"]].mean("fact", keep_attrs=True)
-        coords = {"fact": [fact], "relation": ("fact", [str(rows["relation"].values[0])])}
+        coords: dict[str, Any] = {"fact": [fact], "relation": ("fact", [str(rows["relation"].values[0])])}
         parts.append(mean.expand_dims("fact").assign_coords(coords).assign(n_prompts=("fact", [rows.sizes["fact"]])))
     result = xr.concat(parts, "fact").transpose("fact", "layer", "unit")
+    if "text" in attribution.coords:
+        texts = attribution["text"].values
+        each = [[str(text) for text in texts[owner == fact]] for fact in result["fact"].values]
+        most = max(map(len, each))
+        padded = [[*own, *[""] * (most - len(own))] for own in each]
+        result = result.assign_coords(prompt_text=(("fact", "prompt"), padded))
     return result.assign_attrs(attribution.attrs | {"aggregate": "mean over prompts"})

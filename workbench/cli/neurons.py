@@ -33,7 +33,7 @@ def neurons_command(
     adaptive: Annotated[bool, Parameter(help="adapt --share until a fact has 2 to 5 units on average")] = True,
     effect: Annotated[
         Literal["none", "suppress", "enhance", "erase"],
-        Parameter(help="also silence or double the units of each fact, or erase all their value vectors, and read"),
+        Parameter(help="also silence or double the units of each fact, or erase their value vectors, and read"),
     ] = "none",
     edit: Annotated[
         str | None, Parameter(help="id of a fact: make its neurons write the answer --to, and read")
@@ -50,9 +50,10 @@ def neurons_command(
     """Find the neurons on which the prompts of each fact agree (Knowledge Neurons), and what they do.
 
     --out keeps the table of neurons (.csv or .parquet), --effects-out what happens to a fact, its relation and other
-    facts when its neurons are silenced (--effect suppress) or doubled (--effect enhance), or what is left when the
-    value vectors of all are zeroed (--effect erase). `--edit ID --to ANSWER` makes the neurons of one fact write
-    another answer; efficacy is how often it is then given. Afterwards the model is as it was.
+    facts when its neurons are silenced (--effect suppress) or doubled (--effect enhance), or their value vectors set
+    to zero (--effect erase), beside as many random units, matched on activation. `--edit ID --to ANSWER` makes the
+    neurons of one fact write another answer; efficacy is how often it is then given, and matched units beside them say
+    what any would do. Afterwards the model is as it was.
     """
     check_table(out, facts)
     check_table(effects_out, facts)
@@ -73,7 +74,7 @@ def neurons_command(
 
     if edit is not None:
         answer_tokens(opened, chosen[edit], str(to))  # refuses an answer that would change nothing
-    if effect in ("suppress", "enhance") and 2 * (controls + 1) > opened.width(unit):
+    if effect != "none" and 2 * (controls + 1) > opened.width(unit):
         raise ValueError(f"--controls {controls} is more than the {opened.width(unit)} {unit}s of a layer give.")
     settings: dict[str, Any] = {"threshold": threshold, "share": share, "adaptive": adaptive, "method": method}
     found = knowledge_neurons(opened, chosen, unit=unit, progress=not asked.quiet, **settings)
@@ -90,7 +91,7 @@ def neurons_command(
     if effect == "none" and edit is None:
         return
     if edit is not None:
-        table, frame = _edited(opened, chosen, found, edit, str(to), asked.seed)
+        table, frame = _edited(opened, chosen, found, edit, str(to), controls, asked)
     else:
         table, frame = _effect(opened, chosen, found, effect, controls, asked)
     show(table)
@@ -99,28 +100,26 @@ def neurons_command(
 
 def _effect(model: Any, facts: Any, found: Any, effect: str, controls: int, asked: Asked) -> tuple[Any, Any]:
     """What happens without the neurons that were found: a table to show, and fact by fact."""
-    from workbench.intervals import means
-    from workbench.neurons import effect_means, effects, measure_erase
+    from workbench.neurons import effect_means, effects
 
-    if effect == "erase":
-        frame = measure_erase(model, facts, found)
-        return means(frame, seed=asked.seed), frame
     frame = effects(model, facts, found, action=effect, controls=controls, seed=asked.seed, progress=not asked.quiet)
     return effect_means(frame), frame
 
 
-def _edited(model: Any, facts: Any, found: Any, fact: str, answer: str, seed: int) -> tuple[Any, Any]:
+def _edited(model: Any, facts: Any, found: Any, fact: str, answer: str, controls: int, asked: Asked) -> tuple[Any, Any]:
     """What happens when the neurons of one fact write another answer: a table to show, and prompt by prompt."""
     from workbench.intervals import means
-    from workbench.neurons import measure_edit
+    from workbench.neurons import effect_means, effects, measure_edit
 
     own = found[found["fact"] == fact]
     if own.empty:
         raise ValueError(f"The prompts of fact {fact!r} agree on no neuron, so there is none to edit; lower --share.")
     (edited,) = facts.filter(ids=[fact])
     others = facts.filter(where=lambda one: one.id != fact) if len(facts) > 1 else None
+    beside: dict[str, Any] = {"answers": {fact: answer}, "controls": controls, "seed": asked.seed}
+    show(effect_means(effects(model, facts, own, action="edit", **beside, progress=not asked.quiet)))
     frame = measure_edit(model, edited, own, answer, others=others)
-    return means(frame, seed=seed), frame
+    return means(frame, seed=asked.seed), frame
 
 
 @app.command(name="suppress")

@@ -12,6 +12,7 @@ from torch import Tensor
 from workbench.engine.batch import LEAST_SHARED, make_batch
 from workbench.engine.clean import run_clean
 from workbench.engine.queries import run_queries
+from workbench.engine.room import out_of_memory
 from workbench.facts import TokenisedFact
 from workbench.metrics import logprob
 from workbench.models import HookedModel, probe_ids
@@ -24,6 +25,8 @@ ENGINE_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 5e-
 _CHECKED: WeakSet[HookedModel] = WeakSet()
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def check_engine(model: HookedModel) -> None:
     """Compare the engine with plain hooks on two invented facts, and refuse a model on which the two differ.
 
@@ -46,6 +49,8 @@ def check_engine(model: HookedModel) -> None:
         try:
             gap, layer = _largest_gap(model, facts, unit, scope)
         except (RuntimeError, TypeError, IndexError, KeyError, AttributeError) as error:
+            if out_of_memory(error):
+                raise
             raise ValueError(f"{kind}: the attribution engine cannot run this architecture ({error}).") from error
         if not isfinite(gap):
             raise ValueError(

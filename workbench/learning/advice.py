@@ -44,8 +44,8 @@ def layer_advice(
     Returns:
         A row a layer: layer; `load_share` (of all that retained facts lean on, 0 to 1); `collision` (mean overlap of
         retained facts less the mean by chance, in standard deviations over layers, mean over the measures); with `new`
-        also `overlap`, `low`, `high` (Spearman correlation over units of a new fact's |score| with the load: mean and 95%
-        interval over new facts) and `chance` (the 95th percentile of that mean when the load's units are shuffled);
+        also `overlap`, `low`, `high` (Spearman correlation over units of a new fact's |score| with the load: mean and
+        95% interval over new facts) and `chance` (the 95th percentile of that mean when the load's units are shuffled);
         `budget` (units), `percent` (of the layer) and `reason`.
 
     Raises:

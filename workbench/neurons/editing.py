@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from workbench.facts import Fact, FactSet, TokenisedFact
 from workbench.models import HookedModel, inputs_first
 from workbench.neurons.finding import selection_of
+from workbench.selection import Selection
 from workbench.suppression import compare
 
 
 @contextmanager
 def erase(
-    model: HookedModel, neurons: pd.DataFrame, *, value: str = "zero", table: str = "unembedding"
+    model: HookedModel, neurons: pd.DataFrame | Selection, *, value: str = "zero", table: str = "unembedding"
 ) -> Iterator[None]:
     """Set the value vectors of neurons to zero, or to the vector of the unknown token, inside the `with`.
 
@@ -49,7 +50,7 @@ def erase(
 def edit(
     model: HookedModel,
     fact: Fact,
-    neurons: pd.DataFrame,
+    neurons: pd.DataFrame | Selection,
     new_answer: str,
     *,
     lambda_old: float | int = 1.0,
@@ -153,9 +154,11 @@ def value_vectors(module: nn.Module) -> Float[Tensor, "d_mlp d_model"]:
 
 
 @contextmanager
-def _values_changed(model: HookedModel, neurons: pd.DataFrame, new: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def _values_changed(
+    model: HookedModel, neurons: pd.DataFrame | Selection, new: Callable[[Tensor], Tensor]
+) -> Iterator[None]:
     """Write new value vectors, and put the old ones back bit by bit however the `with` ends."""
-    chosen = selection_of(model, neurons)
+    chosen = neurons if isinstance(neurons, Selection) else selection_of(model, neurons)
     if chosen.unit != "neuron":
         raise ValueError(
             "A node is an output of the down-projection and has no value vector to erase or edit: find knowledge "
@@ -170,12 +173,10 @@ def _values_changed(model: HookedModel, neurons: pd.DataFrame, new: Callable[[Te
     try:
         for (values, rows_of, _), written in zip(kept, changed, strict=True):
             values[rows_of] = written
-        model.__dict__.pop("digest", None)  # the digest says which weights the model has now
         yield
     finally:
         for values, rows_of, old in reversed(kept):
             values[rows_of] = old
-        model.__dict__.pop("digest", None)
 
 
 def _suites(model: HookedModel, sets: dict[str, FactSet | None]) -> dict[str, list[TokenisedFact]]:

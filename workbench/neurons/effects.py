@@ -1,6 +1,9 @@
 """What a fact's neurons do: its answer, its relation and other relations, beside random units matched on activation."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -12,11 +15,14 @@ from tqdm import tqdm
 from workbench.facts import Fact, FactSet, TokenisedFact
 from workbench.intervals import means
 from workbench.models import HookedModel
+from workbench.neurons.editing import answer_tokens, edit, erase
 from workbench.neurons.finding import selection_of
 from workbench.selection import Selection
-from workbench.suppression import compare, scaled
+from workbench.suppression import Intervention, compare, scaled
 
+#: What is done to activations, by a factor, and to value vectors.
 FACTORS = {"suppress": 0.0, "enhance": 2.0}
+ACTIONS = (*FACTORS, "erase", "edit")
 
 
 def effects(
@@ -27,48 +33,63 @@ def effects(
     action: str = "suppress",
     factor: float | int | None = None,
     scope: str = "last",
+    answers: Mapping[str, str] | None = None,
     controls: int = 3,
     others: int = 20,
     seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Suppress or enhance the neurons of one fact after the other, and read that fact, its relation and others.
+    """Suppress, enhance, erase or edit the neurons of one fact after the other; read it, its relation and others.
 
     Beside the neurons stand matched random units: for every neuron one of the same layer, not chosen for the fact, with
     the nearest mean |activation| on the fact's prompts where the intervention acts. With several `controls`, the
     nearest as many units are dealt out in random order, so that no unit stands in two of them.
 
     Args:
-        model: a model from `load_model`; its weights are not touched.
+        model: a model from `load_model`; its weights are afterwards what they were, to the bit.
         facts: the facts that are read; each is asked by its prompt, and its own effect by its paraphrases as well.
         neurons: a frame of `knowledge_neurons` about some of these facts.
-        action: `"suppress"` (activations times 0) or `"enhance"` (times 2).
-        factor: another factor.
-        scope: `"last"`, the last prompt token as in the paper, or `"all"` positions.
+        action: `"suppress"` (activations times 0), `"enhance"` (times 2), `"erase"` (value vectors set to zero, see
+            `erase`) or `"edit"` (value vectors that write another answer, see `edit`).
+        factor: another factor for activations.
+        scope: of activations: `"last"`, the last prompt token as in the paper, or `"all"` positions. Value vectors act
+            at all.
+        answers: for `"edit"`, the new answer of every fact whose neurons are given, by its id.
         controls: how many sets of matched units are drawn for every fact.
         others: read at most this many facts of the same relation, and as many of others, drawn by seed.
         seed: of what is drawn.
         progress: show a progress bar.
 
     Returns:
-        Frame with fact (whose neurons), relation, group ("fact", "relation", "others"), units ("chosen", "matched"),
+        Frame with fact (whose neurons), relation, group ("fact", "relation", "others"; of an edit also "new", the new
+        answer's first token to the fact's prompts), units ("chosen", "matched"),
         draw (of the matched units; 0 for the chosen), n_units, n (prompts read), before, after, change: mean
         log-probability of the answers in nats. Groups without a fact to read have no rows. `effect_means` summarises.
 
     Raises:
-        ValueError: neurons of facts that are not given, or layers with too few units to match.
+        ValueError: neurons of facts that are not given, or layers with too few units to match; nodes, or a fact
+            without a new answer, where value vectors are to change.
     """
-    if action not in FACTORS:
-        raise ValueError(f'action must be "suppress" or "enhance", not {action!r}.')
+    if action not in ACTIONS:
+        raise ValueError(f"action must be one of {', '.join(ACTIONS)}, not {action!r}.")
     if controls < 1 or others < 0:
         raise ValueError(f"Effects need controls of at least 1 and others of at least 0, not {controls} and {others}.")
-    strength = FACTORS[action] if factor is None else factor
+    if (action == "edit") != (answers is not None):
+        raise ValueError('The action "edit", and no other, takes answers: the new answer of every fact, by its id.')
+    if action not in FACTORS:
+        if factor is not None:
+            raise ValueError(f"A factor multiplies activations, but {action!r} changes weights: leave it out.")
+        scope = "all"
+    strength = FACTORS.get(action, np.nan) if factor is None else factor
     owners = [str(fact) for fact in neurons["fact"].unique()]
     unknown = [fact for fact in owners if fact not in facts.ids]
     if not owners:
         raise ValueError("The frame of knowledge neurons has no rows: there is nothing to suppress or enhance.")
     if unknown:
         raise ValueError(f"The neurons belong to the fact {unknown[0]!r}, which is not among the facts to be read.")
+    if lacking := [fact for fact in owners if answers is not None and fact not in answers]:
+        raise ValueError(f"The fact {lacking[0]!r} has neurons to edit but no new answer: name it in answers.")
+    new = {fact: answer_tokens(model, facts[fact], answers[fact])[1] for fact in owners} if answers else {}
     tokens = {fact.fact_id: fact for fact in model.tokenise(facts)}
     frames = []
     for fact in tqdm(owners, unit="fact", desc="effects", disable=not progress):
@@ -76,13 +97,29 @@ def effects(
         prompts = model.tokenise(facts.filter(ids=[fact]).per_prompt())
         matched = matched_units(model, chosen, prompts, scope=scope, draws=controls, seed=seed)
         suites = {"fact": prompts, **_beside(facts, facts[fact], tokens, others, seed)}
-        interventions = [scaled(model, selection, strength, scope) for selection in (chosen, *matched)]
+        if answers:
+            suites["new"] = [replace(prompt, answer_ids=(new[fact],)) for prompt in prompts]
+        interventions: list[Intervention]
+        if action in FACTORS:
+            interventions = [scaled(model, selection, strength, scope) for selection in (chosen, *matched)]
+        else:
+            interventions = [
+                partial(_rewritten, model, selection, facts[fact], answers[fact] if answers else None)
+                for selection in (chosen, *matched)
+            ]
         rows = _mean_rows(compare(model, interventions, suites))
         frames.append(rows.assign(fact=fact, relation=facts[fact].relation, n_units=chosen.n_selected))
     columns = ["fact", "relation", "group", "units", "draw", "n_units", "n", "before", "after", "change"]
     frame = pd.concat(frames, ignore_index=True)[columns]
     frame.attrs = {"action": action, "factor": strength, "scope": scope, "controls": controls, "seed": seed}
     return frame
+
+
+def _rewritten(
+    model: HookedModel, selection: Selection, fact: Fact, answer: str | None, answer_tokens: int
+) -> AbstractContextManager[None]:
+    """The context in which units are erased, or write another answer."""
+    return erase(model, selection) if answer is None else edit(model, fact, selection, answer)
 
 
 def _mean_rows(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:

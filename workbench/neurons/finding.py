@@ -91,6 +91,8 @@ def _agreed(
     options: dict[str, Any],
 ) -> tuple[list[pd.DataFrame], dict[str, Any]]:
     """The units that some prompt of each fact keeps, and how they were scored; a few facts are attributed at a time."""
+    if odd := sorted({"out", "resume", "progress"} & set(options)):
+        raise ValueError(f"A few facts are attributed at a time, so {odd[0]} is no option: give attribution= instead.")
     prompts, names = facts.per_prompt(), _prompts(facts)
     found: list[pd.DataFrame] = []
     attrs: dict[str, Any] = {}

@@ -1,7 +1,6 @@
 """`plan`: a few facts are scored, and what all will take follows."""
 
 import pathlib
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ from workbench.facts import FactSet, TokenisedFact
 from workbench.models import HookedModel, peak_memory
 from workbench.planning.counting import counts, query_rows
 from workbench.planning.plan import Plan, Sample
-from workbench.results import open_store, unwritten
+from workbench.results import free_bytes, open_store, unwritten
 
 #: Share of the facts that may be measured, and how many always are (if there are so many).
 SHARE, AT_LEAST = 0.1, 6
@@ -64,7 +63,7 @@ def plan(
         exact=settings.steps > 0,
         result_bytes=result_bytes,
         disk_bytes=measured.frame_bytes + result_bytes,  # scores are stored as they are
-        free_bytes=None if out is None else _free(pathlib.Path(out)),
+        free_bytes=None if out is None else free_bytes(pathlib.Path(out)),
         memory_bytes=peak_memory(model.device),
         seconds=checking + rows * spent / max(1, seen) + measured.writing * len(todo),
         samples=measured.samples,
@@ -159,7 +158,3 @@ def _counted(model: HookedModel) -> Iterator[list[int]]:
 
 def _bytes(folder: pathlib.Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _free(path: pathlib.Path) -> int:
-    return shutil.disk_usage(next(parent for parent in path.absolute().parents if parent.is_dir())).free

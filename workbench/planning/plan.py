@@ -55,6 +55,8 @@ class Plan:
         about = "" if self.exact else "about "
         measured = f"{sum(s.facts for s in self.samples)} facts in {_duration(sum(s.seconds for s in self.samples))}"
         free = "" if self.free_bytes is None else f", {_size(self.free_bytes)} free"
+        if self.free_bytes is not None and self.free_bytes < self.disk_bytes:
+            free += ": not enough"
         lines = [
             f"facts    {self.facts:,} to do in {self.batches:,} batches, {self.done:,} done before",
             f"passes   {about}{self.passes:,} of the model, {about}{self.rows:,} token rows",

@@ -1,6 +1,14 @@
 """The labelled results that flow between the rooms, and the only door to zarr."""
 
-from workbench.results.files import digest_of, load_frame, load_json, save_frame, save_json, write_atomically
+from workbench.results.files import (
+    digest_of,
+    free_bytes,
+    load_frame,
+    load_json,
+    save_frame,
+    save_json,
+    write_atomically,
+)
 from workbench.results.hdf5 import export_hdf5, import_hdf5
 from workbench.results.labelled import open_result, save_result
 from workbench.results.parts import Parts
@@ -23,6 +31,7 @@ __all__ = [
     "check_made_with",
     "digest_of",
     "export_hdf5",
+    "free_bytes",
     "import_hdf5",
     "load_frame",
     "load_json",

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,11 @@ def load_frame(path: str | Path) -> pd.DataFrame:
         return pd.read_parquet(source, engine="pyarrow")
     except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
         raise ValueError(f"{source} is not a readable parquet file ({error}): write it again.") from error
+
+
+def free_bytes(path: Path) -> int:
+    """Free space on the disk where a path is or is to be."""
+    return shutil.disk_usage(next(parent for parent in path.absolute().parents if parent.is_dir())).free
 
 
 def digest_of(obj: Any) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import xarray as xr
 
@@ -159,7 +160,8 @@ def held_out(facts: FactSet, attribution: xr.Dataset, overlap: str = "refuse") -
         raise ValueError(f'overlap must be "refuse", "drop" or "read", not {overlap!r}.')
     ids = [str(name) for name in attribution["fact"].values]
     used = {*ids, *(name.rpartition("#")[0] for name in ids)}
-    texts = {str(text) for text in attribution["text"].values} if "text" in attribution.coords else set()
+    named = [name for name in ("text", "prompt_text") if name in attribution.coords]
+    texts = {str(text) for name in named for text in np.ravel(attribution[name].values)}
     seen = [fact.id for fact in facts if fact.id in used or fact.digest in texts]
     if not seen or overlap == "read":
         return facts
