@@ -177,3 +177,15 @@ def test_rotary_tables_that_change_with_the_longest_text_end_the_context(rope, e
         within, beyond = (plain(text[:, :n]).logits[:, :4] for n in (expected, 2 * expected))
     same = bool((within - beyond).abs().max() < 1e-4)
     assert same == (rope["rope_type"] == "linear")
+
+
+def test_what_is_no_model_is_said_so() -> None:
+    with torch.device("meta"):
+        meta = AutoModelForCausalLM.from_config(random_model("llama").config)
+    for given, sentence in (
+        (None, "not a NoneType"),
+        (torch.nn.Linear(2, 2), "A Linear is no transformers model"),
+        (meta, "meta device"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            load_model(given, tokenizer=tokenizer())

@@ -4,6 +4,7 @@ import logging
 import pathlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
@@ -130,7 +131,11 @@ def prepare(
     model: HookedModel, facts: FactSet, settings: Settings, batch_size: int | str = "auto", memory: float | None = None
 ) -> Work:
     """Everything that can be refused before the first pass, and the result's labels."""
-    if batch_size != "auto" and not (isinstance(batch_size, int) and batch_size > 0):
+    if not isinstance(model, HookedModel):
+        raise ValueError(f"model is what load_model gives, not a {type(model).__name__}.")
+    if not isinstance(facts, FactSet):
+        raise ValueError(f"facts is a FactSet, as load_facts gives, not a {type(facts).__name__}.")
+    if batch_size != "auto" and not (isinstance(batch_size, Integral) and batch_size > 0):
         raise ValueError(f'batch_size must be "auto" or a positive number, not {batch_size!r}.')
     room = room_for(model, memory)
     tokenised = model.tokenise(facts)

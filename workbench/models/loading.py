@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ def load_model(
             (parity with plain transformers, identity patch, equal widths) does not hold; the sentence says which.
         FileNotFoundError: there is no such model; the sentence names the way out.
     """
+    if not isinstance(name_or_path, (str, os.PathLike, nn.Module)):
+        raise ValueError(f"A model is a name, a path or a transformers model, not a {type(name_or_path).__name__}.")
     if not isinstance(name_or_path, nn.Module):
         loaded = load_hf(
             name_or_path,
@@ -46,6 +49,10 @@ def load_model(
             trust_remote_code=trust_remote_code,
         )
         return hook(loaded.hf, loaded.tokenizer, name=loaded.name, path=loaded.path)
+    if not hasattr(name_or_path, "config"):
+        raise ValueError(f"A {type(name_or_path).__name__} is no transformers model: it has no config.")
+    if any(parameter.is_meta for parameter in name_or_path.parameters()):
+        raise ValueError("The model has weights on the meta device, which are no numbers: load it in full first.")
     if tokenizer is None:
         raise ValueError("A loaded model needs its tokenizer: give tokenizer=.")
     hf = structural_copy(name_or_path)
