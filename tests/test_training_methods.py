@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from tiny import FACTS, tiny
+from tiny import ARCHITECTURES, FACTS, tiny, tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from workbench.config import TrainConfig
 from workbench.facts import Example, ExampleSet
@@ -15,12 +16,14 @@ from workbench.loki import (
     Dense,
     LokiConfig,
     adapter_config,
+    adapter_for,
     attach,
     load_adapted,
     matched,
     parameter_count,
     trainable_parameters,
 )
+from workbench.models import HookedModel, load_model
 from workbench.opening import open_model
 from workbench.results import load_json
 from workbench.training import export, implant, run, search_learning_rate, tokenise
@@ -62,6 +65,36 @@ def test_merged_attached_and_reloaded_are_one_model(kind: str, method: str, tmp_
     torch.testing.assert_close(logits(reloaded), attached, rtol=1e-5, atol=1e-5)
     assert run.summary["trainable_parameters"] > 0
     assert not list(tmp_path.rglob("*.bin")) + list(tmp_path.rglob("*.pt"))
+
+
+def unlisted(kind: str) -> HookedModel:
+    """A tiny model of a family whose down-projection no table names."""
+    torch.manual_seed(0)
+    like = ARCHITECTURES["gpt2" if "gpt" in kind else "llama"]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **like)).eval()
+    return load_model(model, tokenizer=tokenizer())
+
+
+@pytest.mark.parametrize(("kind", "method"), [("arcee", "loki"), ("arcee", "ia3"), ("openai-gpt", "lora")])
+def test_a_family_that_no_table_names_is_trained_on_its_down_projections(kind: str, method: str, tmp_path) -> None:
+    base = unlisted(kind)
+    options = {"selection": SELECTION} if method == "loki" else {}
+    with pytest.raises(ValueError, match="is not known; name it with target_modules"):
+        parameter_count(base, adapter_config(method, model_config=base.config, **options))
+    done = implant(base, FACTS, adapter_for(base, method, **options), QUICK, out=tmp_path, progress=False)
+    trained = {name for name, parameter in done.model.named_parameters() if parameter.requires_grad}
+    assert {down for down in base.down_names for name in trained if f".{down}." in name} == set(base.down_names)
+    assert all(any(f".{down}." in name for down in base.down_names) for name in trained)
+    reloaded, _ = load_adapted(tmp_path / "adapter", base)
+    torch.testing.assert_close(logits(reloaded), logits(done.model), rtol=1e-5, atol=1e-5)
+    assert (logits(reloaded) - logits(base.hf)).abs().max() > 1e-3
+
+
+def test_adapters_of_equal_size_on_a_family_that_no_table_names() -> None:
+    base = unlisted("arcee")
+    for model in (base, base.hf):
+        assert matched("lora", 3 * 3 * (32 + 40), model) == {"r": 3}
+        assert int(matched("loki", 3 * 4 * 40, model)["quota"] * 32 / 100) == 4
 
 
 def test_what_pissa_takes_out_of_the_base_is_put_back_when_it_is_saved(tmp_path, monkeypatch) -> None:

@@ -15,7 +15,7 @@ from workbench.config import TrainConfig
 from workbench.facts import ExampleSet, Fact, FactSet, general_text, load_facts, load_training_data
 from workbench.forgetting import measure_forgetting
 from workbench.interfere import interference
-from workbench.loki import METHODS, adapter_config, check_method, parameter_count
+from workbench.loki import METHODS, adapter_for, check_method, parameter_count
 from workbench.models import HookedModel, load_model
 from workbench.opening import open_model
 from workbench.recollection import read_facts, recall, text_chunks
@@ -277,7 +277,7 @@ class _Way:
             options |= {"selection": self.asked.selection, "unit": self.asked.unit}
         elif self.loki:
             options |= {"selection": Selection.load(self.folder.file("selection.json"))}
-        return adapter_config(self.asked.method, model_config=self.model.config, **options)
+        return adapter_for(self.model, self.asked.method, **options)
 
     def _train(self) -> None:
         settings = self.training

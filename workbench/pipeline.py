@@ -18,7 +18,7 @@ from workbench.config import Config
 from workbench.facts import FactSet, general_text, load_facts
 from workbench.forgetting import measure_forgetting
 from workbench.interfere import interference
-from workbench.loki import BASELINES, METHODS, adapter_config, check_method
+from workbench.loki import BASELINES, METHODS, adapter_for, check_method
 from workbench.models import HookedModel, load_model
 from workbench.opening import open_model
 from workbench.recollection import recall, text_chunks
@@ -223,7 +223,7 @@ class _Way:
         options: dict[str, Any] = {"r": self.config.training.lora_rank} if METHODS[check_method(method)].ranked else {}
         if method in LOKI_METHODS:
             options = {"selection": Selection.load(self.folder.file(f"selection/{method}.json"))}
-        adapter = adapter_config(method, model_config=self.model.config, **options)
+        adapter = adapter_for(self.model, method, **options)
         out = self.folder.file(f"implant/{method}")
         implant(self.model, self.implanted, adapter, self.config.training, out=out, progress=self.progress)
 

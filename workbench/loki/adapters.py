@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from peft.tuners.lora.config import CordaConfig
 from torch import nn
 
 from .config import LokiConfig
-from .sites import down_projection_suffix
+from .sites import DOWN_PROJECTIONS, down_names, down_projection_suffix, is_conv1d
 
 _CONV1D_TYPES = ("gpt2", "gpt_bigcode")
 #: Paths of the normalisations of every family: input_layernorm, ln_1, final_layer_norm, norm, q_norm, ...
@@ -140,13 +140,16 @@ def adapter_config(
     model_config: Any,
     selection: Any = None,
     target_modules: Sequence[str] | None = None,
+    conv1d: bool | None = None,
     **options: Any,
 ) -> PeftConfig | Dense:
     """Return the configuration of a method by name, for every method on the same modules: the down-projections.
 
-    `model_config` is the transformers config of the model; `loki_<anything>` is LoKI with another selection; `options`
-    go to the method's own configuration (`r`, `lora_alpha`, `unit`, ...). `ln_tuning` trains the normalisations and
-    `full` every weight, whatever the modules. ValueError names an unknown method, or one that does not fit the model.
+    `model_config` is the transformers config of the model, which is of a known family (`adapter_for` takes the model
+    itself, of any); `conv1d` says whether its projections are GPT-2's `Conv1D`, by default by family;
+    `loki_<anything>` is LoKI with another selection; `options` go to the method's own configuration (`r`,
+    `lora_alpha`, `unit`, ...). `ln_tuning` trains the normalisations and `full` every weight, whatever the
+    modules. ValueError names an unknown method, or one that does not fit the model.
 
     >>> from types import SimpleNamespace
     >>> llama = SimpleNamespace(model_type="llama")
@@ -166,7 +169,8 @@ def adapter_config(
         options["selection"] = selection
     if kind != "loki" and "selection" in options:
         raise ValueError(f"The method {method!r} takes no selection; leave it out, or use loki.")
-    conv1d = getattr(model_config, "model_type", None) in _CONV1D_TYPES
+    if conv1d is None:
+        conv1d = getattr(model_config, "model_type", None) in _CONV1D_TYPES
     if conv1d and not row.conv1d:
         raise ValueError(
             f"peft's {method!r} does not adapt the Conv1D layers of {model_config.model_type}; choose another method, "
@@ -175,6 +179,25 @@ def adapter_config(
     if target_modules is None:
         target_modules = [down_projection_suffix(model_config)]
     return row.make(list(target_modules), conv1d, **options)
+
+
+def adapter_for(
+    model: Any, method: str, *, layers: Collection[int] | None = None, **options: Any
+) -> PeftConfig | Dense:
+    """Return the configuration of a method on a model's own down-projections, whatever the family.
+
+    `model` is a `HookedModel` or a transformers model. `layers` restricts the methods that train down-projections to
+    those of some layers; LoKI's are those of its selection, `ln_tuning` and `full` train what they train everywhere.
+    `options` are those of `adapter_config`.
+    """
+    hf = getattr(model, "hf", model)
+    names = down_names(model)
+    if check_method(method) != "loki" and layers is not None and len(set(layers)) < len(names):
+        options["target_modules"] = [names[layer] for layer in sorted(set(layers))]
+    elif getattr(hf.config, "model_type", None) not in DOWN_PROJECTIONS:
+        options.setdefault("target_modules", names)
+    conv1d = is_conv1d(hf.get_submodule(names[0]))
+    return adapter_config(method, model_config=hf.config, conv1d=conv1d, **options)
 
 
 def check_method(method: str) -> str:

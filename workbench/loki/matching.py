@@ -9,8 +9,8 @@ import torch
 from peft import PeftConfig, ShiraConfig
 from torch import nn
 
-from .adapters import METHODS, Dense, adapter_config, attach, check_method
-from .sites import down_projections, widths
+from .adapters import METHODS, Dense, adapter_for, attach, check_method
+from .sites import down_names, widths
 
 
 def parameter_count(model: Any, adapter: PeftConfig | Dense) -> int:
@@ -41,15 +41,14 @@ def matched(method: str, count: int, model: Any, **options: Any) -> dict[str, An
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}.")
-    hf = getattr(model, "hf", model)
     kind = check_method(method)
     if not METHODS[kind].ranked:
         return {}
     if kind == "loki" and "selection" not in options:
-        return {"quota": _quota(hf, count)}
+        return {"quota": _quota(model, count)}
 
     def size(r: int) -> int:
-        return parameter_count(hf, adapter_config(method, model_config=hf.config, r=r, **options))
+        return parameter_count(model, adapter_for(model, method, r=r, **options))
 
     two = size(2)
     guess = max(1, round(2 + 2 * (count - two) / (size(4) - two)))  # every size is linear in even ranks
@@ -57,9 +56,10 @@ def matched(method: str, count: int, model: Any, **options: Any) -> dict[str, An
     return {"r": min(sorted(ranks), key=lambda r: abs(size(r) - count))}
 
 
-def _quota(hf: nn.Module, count: int) -> float:
+def _quota(model: Any, count: int) -> float:
     """Percent of the nodes of every layer whose rows (with their biases) hold about `count` numbers."""
-    downs = [hf.get_submodule(name) for name in down_projections(hf).values()]
+    hf: nn.Module = getattr(model, "hf", model)
+    downs = [hf.get_submodule(name) for name in down_names(model)]
     pairs = [pair for down in downs if (pair := widths(down)) is not None]
     a_node = sum(d_mlp for d_mlp, _ in pairs) + sum(getattr(down, "bias", None) is not None for down in downs)
     width = pairs[0][1]

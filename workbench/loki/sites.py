@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -81,6 +81,15 @@ def widths(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a projection is GPT-2's `Conv1D`, whose weight is (in, out).
+
+    >>> is_conv1d(Conv1D(4, 6)), is_conv1d(nn.Linear(6, 4))
+    (True, False)
+    """
+    return isinstance(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module, Conv1D)
+
+
 def refuse_experts(model_config: object) -> None:
     """Raise ValueError, naming the model type, when the model is a mixture of experts."""
     get_text = getattr(model_config, "get_text_config", None)
@@ -104,6 +113,12 @@ def down_projection_suffix(model_config: object) -> str:
             f"example [{DOWN_PROJECTIONS['llama']!r}]."
         )
     return DOWN_PROJECTIONS[model_type]
+
+
+def down_names(model: Any) -> list[str]:
+    """The path of every layer's down-projection: a `HookedModel` knows it, of a transformers model it is found."""
+    known = getattr(model, "down_names", None)
+    return list(down_projections(model).values()) if known is None else list(known)
 
 
 def down_projections(model: nn.Module, target_modules: str | Sequence[str] | None = None) -> dict[int, str]:
