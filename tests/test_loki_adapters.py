@@ -12,11 +12,14 @@ from tokenizers.models import WordLevel
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
+    GPTBigCodeConfig,
     LlamaConfig,
     MixtralConfig,
+    OpenAIGPTConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
 )
+from transformers.pytorch_utils import Conv1D
 
 from workbench.loki import (
     LokiConfig,
@@ -169,6 +172,15 @@ def test_selections_that_do_not_fit_the_model():
         adapter_config("magic", model_config=CONFIGS["llama"])
     with pytest.raises(ValueError, match="name it with target_modules"):
         adapter_config("lora", model_config=MixtralConfig(num_local_experts=1))
+
+
+@pytest.mark.parametrize("config", [GPT2Config, OpenAIGPTConfig, GPTBigCodeConfig])
+def test_whether_a_family_has_transposed_weights_is_what_its_layers_are(config):
+    config = config(n_embd=16, n_head=2, n_layer=2, n_positions=8, vocab_size=40)
+    model = AutoModelForCausalLM.from_config(config)
+    down = next(module for name, module in model.named_modules() if name.endswith("mlp.c_proj"))
+    lora = adapter_config("lora", model_config=config, target_modules=["mlp.c_proj"])
+    assert lora.fan_in_fan_out == isinstance(down, Conv1D)
 
 
 def test_registration_is_idempotent_and_guarded(monkeypatch):

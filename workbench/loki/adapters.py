@@ -27,7 +27,7 @@ from torch import nn
 from .config import LokiConfig
 from .sites import DOWN_PROJECTIONS, down_names, down_projection_suffix, is_conv1d
 
-_CONV1D_TYPES = ("gpt2", "gpt_bigcode")
+_CONV1D_TYPES = ("gpt2", "openai-gpt")
 #: Paths of the normalisations of every family: input_layernorm, ln_1, final_layer_norm, norm, q_norm, ...
 NORMS = r"(.*\.)?(\w*norm|ln_\w+)"
 #: Starts of warnings about what is meant to be so.
