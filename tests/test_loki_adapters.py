@@ -1,6 +1,7 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, PeftType, get_peft_model
@@ -142,6 +143,9 @@ def test_a_selection_of_the_published_shape(tmp_path):
         ({"selection": [[1], []], "layers": [1]}, "is empty within layers"),
         ({"selection": [[1], []], "layers": [2]}, "layers 0 to 1"),
         ({"selection": [[1, 1]]}, "names a unit twice"),
+        ({"selection": [[1], []], "layers": [0.5]}, "layers are whole numbers"),
+        ({"selection": [[1], []], "layers": "0"}, "layers are whole numbers"),
+        ({"selection": [[torch.tensor(1), torch.tensor(1)]]}, "names a unit twice"),
         ({"selection": [[-1]]}, "integers from 0"),
         ({"selection": [[0.5]]}, "integers from 0"),
         ({"selection": [3]}, "not a list of unit indices"),
@@ -155,6 +159,15 @@ def test_a_selection_of_the_published_shape(tmp_path):
 def test_settings_that_do_not_fit(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         LokiConfig(**options)
+
+
+@pytest.mark.parametrize("layers", [range(1, 2), np.array([1]), [np.int64(1)], (1, 1), {1}, 1, np.int64(1)])
+def test_layers_of_any_kind_are_saved_as_plain_numbers(layers, tmp_path):
+    model = get_peft_model(tiny(), LokiConfig(selection=ROWS, layers=layers))
+    assert model.peft_config["default"].layers == [1]
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["layers"] == [1]
+    assert PeftModel.from_pretrained(tiny(), tmp_path).peft_config["default"].layers == [1]
 
 
 def test_selections_that_do_not_fit_the_model():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
@@ -35,7 +36,9 @@ class LokiConfig(PeftConfig):
     n_units: int | None = field(
         default=None, metadata={"help": "Units per layer the selection was made over, checked against the model."}
     )
-    layers: list[int] | None = field(default=None, metadata={"help": "Train only these layers of the selection."})
+    layers: Any = field(
+        default=None, metadata={"help": "Train only this layer of the selection, or these; kept as a sorted list."}
+    )
     r: int = field(default=0, metadata={"help": "Rank inside the selected rows; 0 trains them in full."})
     loki_alpha: float | None = field(
         default=None, metadata={"help": "Scaling numerator for r > 0, as LoRA's alpha; default: r, a scaling of 1."}
@@ -67,6 +70,7 @@ class LokiConfig(PeftConfig):
             )
         self.unit = self.unit or "node"
         self.positions = _checked_positions(self.positions)
+        self.layers = _checked_layers(self.layers)
         if isinstance(self.target_modules, (set, tuple)):
             self.target_modules = sorted(self.target_modules)
         self._check()
@@ -141,10 +145,31 @@ def _checked_positions(positions: Any) -> list[list[int]]:
         if isinstance(rows, (str, bytes)) or not hasattr(rows, "__iter__"):
             raise ValueError(f"Layer {layer} of the selection is {rows!r}, not a list of unit indices.")
         values = list(rows)
-        wrong = [v for v in values if isinstance(v, bool) or not hasattr(v, "__index__") or int(v) < 0]
+        wrong = [value for value in values if (index := _whole(value)) is None or index < 0]
         if wrong:
             raise ValueError(f"Layer {layer} of the selection holds {wrong[0]!r}; indices are integers from 0.")
-        if len(set(values)) != len(values):
+        indices = sorted(operator.index(value) for value in values)
+        if len(set(indices)) != len(indices):
             raise ValueError(f"Layer {layer} of the selection names a unit twice.")
-        checked.append(sorted(int(v) for v in values))
+        checked.append(indices)
     return checked
+
+
+def _checked_layers(layers: Any) -> list[int] | None:
+    """Return a sorted plain list of one layer, or of any collection of them (a range, an array, a set)."""
+    if layers is None:
+        return None
+    one = _whole(layers)
+    given = [one] if one is not None else list(layers) if hasattr(layers, "__iter__") else [layers]
+    wrong = [layer for layer in given if _whole(layer) is None]
+    if wrong:
+        raise ValueError(f"layers={layers!r} holds {wrong[0]!r}; layers are whole numbers.")
+    return sorted({operator.index(layer) for layer in given})
+
+
+def _whole(value: Any) -> int | None:
+    """The plain integer that a number of Python, numpy or torch is, or None."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
