@@ -170,6 +170,19 @@ def test_layers_of_any_kind_are_saved_as_plain_numbers(layers, tmp_path):
     assert PeftModel.from_pretrained(tiny(), tmp_path).peft_config["default"].layers == [1]
 
 
+def test_a_saved_selection_is_given_back_by_its_path(tmp_path):
+    selection = Selection.from_positions(ROWS, unit="neuron", n_units=24)
+    path = selection.save(tmp_path / "selection.json")
+    config = LokiConfig(selection=str(path))
+    assert (config.positions, config.unit, config.n_units) == (ROWS, "neuron", 24)
+    with pytest.raises(ValueError, match=r"selection.json is a selection with unit='neuron' but unit='node' was given"):
+        LokiConfig(selection=path, unit="node")
+    for text in ('{"unit": "node"}', '{"positions": [["a"]]}', "[3]", "[[1, 1]]", "[[", '"a"'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"selection\.json"):
+            LokiConfig(selection=path)
+
+
 def test_selections_that_do_not_fit_the_model():
     with pytest.raises(FileNotFoundError, match="no position file"):
         LokiConfig(selection="nowhere.json")

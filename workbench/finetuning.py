@@ -50,7 +50,7 @@ class FineTune:
         quota: LoKI: percent of the units of a layer that are trained.
         strategy: LoKI: how units are selected.
         score: LoKI: `magnitude` or `signed`.
-        selection: LoKI: a position file to train instead of a selection from attribution.
+        selection: LoKI: a position file, or a saved selection, to train instead of a selection from attribution.
         unit: LoKI: `node` or `neuron`.
         rank: rank of the methods that have one (LoKI: 0 trains the selected rows in full).
         rates: learning rates to search; none takes that of `training`, or the method's default.

@@ -27,7 +27,8 @@ def implant_command(
         Literal["magnitude", "signed"], Parameter(help="loki: what the units are ranked by")
     ] = "magnitude",
     selection: Annotated[
-        Path | None, Parameter(help="loki: a position file (JSON, layer -> rows) to train, without attribution")
+        Path | None,
+        Parameter(help="loki: a position file or selection.json to train, without attribution"),
     ] = None,
     unit: Annotated[Literal["node", "neuron"], Parameter(help="loki: rows or columns of the down-projection")] = "node",
     rank: Annotated[

@@ -27,7 +27,10 @@ class LokiConfig(PeftConfig):
     """
 
     selection: InitVar[Any] = None
-    """A `Selection`, the path of a position JSON, or a list of lists: layer -> unit indices. Stored as `positions`."""
+    """A `Selection`, the path of a saved one or of a position JSON, or a list of lists: layer -> unit indices.
+
+    Stored as `positions`.
+    """
     positions: list[list[int]] | None = field(default=None, metadata={"help": "Layer -> sorted unit indices."})
     unit: str | None = field(
         default=None,
@@ -79,7 +82,7 @@ class LokiConfig(PeftConfig):
         """Fill positions, unit and n_units from whatever the user calls a selection."""
         mask = getattr(selection, "mask", None)
         if mask is None:
-            self.positions = _read_positions(selection) if isinstance(selection, (str, Path)) else selection
+            self.positions = self._read(selection) if isinstance(selection, (str, Path)) else selection
             return
         if self.unit is not None and self.unit != selection.unit:
             raise ValueError(f"The selection is over {selection.unit}s but unit={self.unit!r} was given; drop unit=.")
@@ -91,6 +94,20 @@ class LokiConfig(PeftConfig):
         rows = mask.transpose("layer", "unit").values
         self.positions = [[int(i) for i in row.nonzero()[0]] for row in rows]
         self.unit, self.n_units = selection.unit, int(mask.sizes["unit"])
+
+    def _read(self, path: str | Path) -> list[list[int]]:
+        """The positions of a file, with unit and n_units where it is a saved selection; errors name the file."""
+        found = _read_json(path)
+        saved = found if isinstance(found, dict) else {"positions": found}
+        for name in ("unit", "n_units"):
+            given, said = getattr(self, name), saved.get(name)
+            if None not in (given, said) and given != said:
+                raise ValueError(f"{path} is a selection with {name}={said!r} but {name}={given!r} was given; drop it.")
+            setattr(self, name, given if said is None else said)
+        try:
+            return _checked_positions(saved.get("positions"))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
     def _check(self) -> None:
         """Raise ValueError for settings that do not fit together."""
@@ -124,10 +141,10 @@ class LokiConfig(PeftConfig):
         return alpha / (self.r**0.5 if self.use_rslora else self.r)
 
 
-def _read_positions(path: str | Path) -> Any:
+def _read_json(path: str | Path) -> Any:
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"There is no position file {path}; give the path of a JSON list of lists.")
+        raise FileNotFoundError(f"There is no position file {path}; give a JSON list of lists, or a saved selection.")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
