@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from safetensors import safe_open
 from tiny import FACTS, inputs_of_a_run
 
 import workbench as wb
@@ -108,6 +110,19 @@ def test_how_many_facts_are_read_for_forgetting_changes_nothing_of_drift(finishe
     pd.testing.assert_frame_equal(one, other, rtol=1e-6)
     read = results(folder)["forgetting.parquet"].query("suite == 'retained'")
     assert read["fact"].nunique() == 2
+
+
+def test_baselines_train_the_layers_that_loki_trains(inputs, tmp_path) -> None:
+    changes = {"methods": ("lora", "full_ffn", "loki"), "selection.layers": (1,), "training.max_epochs": 1}
+    folder = wb.run(config(inputs, tmp_path / "one", **changes), progress=False).path
+    with safe_open(folder / "implant/lora/adapter/adapter_model.safetensors", "pt") as file:
+        assert {name.split(".layers.")[1].split(".lora_")[0] for name in file.keys()} == {"1.mlp.down_proj"}  # noqa: SIM118
+    rows = Selection.load(folder / "selection/loki.json").positions()
+    assert [bool(one) for one in rows] == [False, True, False]
+    base = wb.load_model(inputs["model"]).hf.state_dict()
+    tuned = wb.load_model(str(folder / "implant/full_ffn/adapter")).hf.state_dict()
+    changed = {name for name, weight in tuned.items() if not torch.equal(weight, base[name])}
+    assert changed == {"model.layers.1.mlp.down_proj.weight"}
 
 
 def test_a_selection_that_knows_interference_reads_that_of_the_run(inputs, tmp_path) -> None:

@@ -134,10 +134,11 @@ class _Way:
         yield Stage("interference", attributed, ("interference.zarr",), self._interfere)
         trained: dict[str, Any] = {}
         for method in config.methods:
-            chosen = {**attributed, **self._selection(method)} if method in LOKI_METHODS else {}
             if method in LOKI_METHODS:
-                work = partial(self._select, method)
+                chosen, work = {**attributed, **self._selection(method)}, partial(self._select, method)
                 yield Stage(f"selection-{method}", chosen, (f"selection/{method}.json",), work)
+        for method in config.methods:
+            chosen = {**attributed, **self._selection(method)} if method in LOKI_METHODS else self._restricted()
             trained[method] = {**new, "selection": chosen, "training": config.training.model_dump()}
             files = tuple(f"implant/{method}/{name}" for name in ("adapter", "history.parquet", "training.json"))
             yield Stage(f"implant-{method}", trained[method], files, partial(self._implant, method))
@@ -219,9 +220,24 @@ class _Way:
             settings["interference"] = open_result(self.folder.file("interference.zarr"))
         select(scores, **settings).save(self.folder.file(f"selection/{method}.json"))
 
+    def _layers(self) -> list[int]:
+        """The layers that every method trains: those where LoKI has units, or without LoKI those asked for."""
+        path = self.folder.file("selection/loki.json")
+        if "loki" in self.config.methods and path.is_file():
+            return [layer for layer, rows in enumerate(Selection.load(path).positions()) if rows]
+        chosen = self.config.selection.layers
+        return list(range(self.model.n_layers)) if chosen is None else sorted(set(chosen))
+
+    def _restricted(self) -> dict[str, Any]:
+        """What a baseline takes over from the selection: its layers, where they are not all."""
+        layers = self._layers()
+        return {} if len(layers) == self.model.n_layers else {"layers": layers}
+
     def _implant(self, method: str) -> None:
         options: dict[str, Any] = {"r": self.config.training.lora_rank} if METHODS[check_method(method)].ranked else {}
-        if method in LOKI_METHODS:
+        if method not in LOKI_METHODS:
+            options |= self._restricted()
+        else:
             options = {"selection": Selection.load(self.folder.file(f"selection/{method}.json"))}
         adapter = adapter_for(self.model, method, **options)
         out = self.folder.file(f"implant/{method}")
