@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from workbench.loki import (
     LokiConfig,
+    LokiLayer,
     LokiModel,
     adapter_config,
     load_adapted,
@@ -32,6 +33,7 @@ from workbench.loki import (
 )
 from workbench.loki.sites import refuse_experts
 from workbench.selection import Selection
+from workbench.training import export
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -168,6 +170,39 @@ def test_layers_of_any_kind_are_saved_as_plain_numbers(layers, tmp_path):
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["layers"] == [1]
     assert PeftModel.from_pretrained(tiny(), tmp_path).peft_config["default"].layers == [1]
+
+
+def test_modules_to_save_are_trained_saved_and_reloaded(tmp_path):
+    model = get_peft_model(tiny(), LokiConfig(selection=ROWS, modules_to_save=["lm_head"]))
+    train(model)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name.split("loki_delta")[0] for name in trained if "loki_" in name} | {
+        name for name in trained if "loki_" not in name
+    } == {
+        *(f"base_model.model.model.layers.{layer}.mlp.down_proj." for layer in (0, 1)),
+        "base_model.model.lm_head.modules_to_save.default.weight",
+    }
+    head = model.base_model.model.lm_head.modules_to_save["default"].weight
+    assert not torch.equal(head, tiny().lm_head.weight)
+    model.save_pretrained(tmp_path)
+    reloaded = PeftModel.from_pretrained(tiny(), tmp_path)
+    assert torch.equal(reloaded.base_model.model.lm_head.modules_to_save["default"].weight, head)
+    assert torch.equal(logits(reloaded), logits(model))
+    merged, _ = load_adapted(tmp_path, tiny())
+    assert torch.equal(merged.lm_head.weight, head)
+    with pytest.raises(ValueError, match="trains lm_head in full too; export it as merged"):
+        export(tmp_path, tmp_path / "lora", "lora", base=tiny())
+
+
+@pytest.mark.parametrize("excluded", [["0.mlp.down_proj"], r".*layers\.0\..*"])
+def test_excluded_modules_are_left_alone(excluded, tmp_path):
+    model = get_peft_model(tiny(), LokiConfig(selection=ROWS, exclude_modules=excluded))
+    layers = [name for name, module in model.named_modules() if isinstance(module, LokiLayer)]
+    assert layers == ["base_model.model.model.layers.1.mlp.down_proj"]
+    model.save_pretrained(tmp_path)
+    assert PeftModel.from_pretrained(tiny(), tmp_path).peft_config["default"].exclude_modules == excluded
+    with pytest.raises(ValueError, match="leaves out every module that the selection trains"):
+        get_peft_model(tiny(), LokiConfig(selection=ROWS, exclude_modules=["down_proj"]))
 
 
 def test_a_saved_selection_is_given_back_by_its_path(tmp_path):

@@ -58,6 +58,14 @@ class LokiConfig(PeftConfig):
         default=None,
         metadata={"help": "Suffixes (or one regular expression) of the down-projections; default: by model_type."},
     )
+    exclude_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "List of module names or regex expression of the module names to exclude from LoKI."},
+    )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={"help": "List of modules apart from LoKI layers to be set as trainable and saved with the adapter."},
+    )
     init_seed: int = field(default=0, metadata={"help": "Seed of the random factor B for r > 0."})
 
     def __post_init__(self, selection: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
 from torch import Tensor, nn
 
 from .config import LokiConfig
@@ -41,10 +41,16 @@ class LokiModel(BaseTuner):
             target_modules=peft_config.target_modules,
             train_keys=peft_config.train_keys,
             train_bias=peft_config.train_bias,
+            exclude_modules=peft_config.exclude_modules,
         )
+        if not self._sites:
+            raise ValueError(
+                f"exclude_modules={peft_config.exclude_modules!r} leaves out every module that the selection trains."
+            )
 
-    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:  # type: ignore[override]
-        return key in self._sites
+    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:
+        found = super()._check_target_module_exists(peft_config, key)
+        return found if isinstance(found, _ExcludedModule) else key in self._sites
 
     def _create_and_replace(
         self,

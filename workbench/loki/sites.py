@@ -168,11 +168,13 @@ def plan_sites(
     target_modules: str | Sequence[str] | None = None,
     train_keys: bool = False,
     train_bias: bool = True,
+    exclude_modules: str | Sequence[str] | None = None,
 ) -> dict[str, Site]:
     """Return module path -> `Site` for every projection that the selected units touch, checked against the model.
 
     Nodes are rows of the down-projection and carry its bias; neurons are its columns, which carry none, and with
-    `train_keys` the rows (and bias) of the up- and gate-projection. ValueError names what does not fit.
+    `train_keys` the rows (and bias) of the up- and gate-projection. `exclude_modules` are left out, as peft's are.
+    ValueError names what does not fit.
     """
     down = down_projections(model, target_modules)
     if len(positions) != len(down):
@@ -205,7 +207,7 @@ def plan_sites(
         for key, halves in _keys(names, name) if train_keys else ():
             rows = tuple(half * d_mlp + i for half in range(halves) for i in index)
             sites[key] = Site(layer, "row", rows, bias=train_bias)
-    return sites
+    return {name: site for name, site in sites.items() if not _matches(exclude_modules or (), name)}
 
 
 def _outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -66,6 +66,8 @@ def _as_lora(folder: Path, out: Path, base: Any) -> Path:
         raise ValueError(
             f"{folder} is {load_json(folder / 'adapter_config.json')['peft_type']}, not LoKI; export it as merged."
         )
+    if config.modules_to_save:
+        raise ValueError(f"{folder} trains {', '.join(config.modules_to_save)} in full too; export it as merged.")
     named = config.base_model_name_or_path
     hooked = base if isinstance(base, HookedModel) else open_model(base or named)
     with expected_warnings():
