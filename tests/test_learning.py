@@ -9,9 +9,10 @@ import torch
 import xarray as xr
 from tiny import FACTS, random_model, tiny, tokenizer
 
+from workbench.intervals import jackknifed
 from workbench.learning import averages, behaviour, effective_rank, harm, learner, learnt, natural_rate
 from workbench.learning.learner import gradients, unlocked
-from workbench.learning.together import Read, _jackknifed, _per_fact, _without_each, suppression
+from workbench.learning.together import Read, _per_fact, _without_each, suppression
 from workbench.models import HookedModel, load_model
 from workbench.results import open_result, save_result, validate_harm
 from workbench.selection import Selection
@@ -339,5 +340,5 @@ def test_effective_rank_counts_directions() -> None:
     assert 1 < effective_rank(torch.diag(torch.tensor([1.0, 1.0, 0.1]))).item() < 3
     left_out = [effective_rank(torch.cat([rows[:i], rows[i + 1 :]])).item() for i in range(6)]
     np.testing.assert_allclose(_without_each(rows), left_out, rtol=1e-6)
-    low, high = _jackknifed(3.0, np.array([2.5, 2.6, 2.7]))
+    low, high = jackknifed(3.0, np.array([2.5, 2.6, 2.7]))
     assert low < 3.0 < high

@@ -1,13 +1,15 @@
-"""CKA and RSA: what they are blind to, what they see, and their bootstrap against resampling by hand."""
+"""CKA and RSA: what they are blind to, what they see, and their intervals against doing it by hand."""
 
 import numpy as np
 import pytest
 import torch
 from tiny import FACTS, random_model, tiny, tokenizer
 
+from workbench.facts import FactSet
 from workbench.intervals import bootstrap
 from workbench.models import load_model
 from workbench.semantics import linear_cka, rsa, similarity
+from workbench.semantics.similarity import _cka_interval, _rsa_interval
 
 torch.manual_seed(0)
 X, Y = torch.randn(12, 6), torch.randn(12, 6)
@@ -52,6 +54,41 @@ def test_the_bootstrap_equals_resampling_the_rows() -> None:
         x, y = X.numpy().astype(float)[rows], Y.numpy().astype(float)[rows]
         assert cka[draw] == pytest.approx(cka_by_features(x, y), rel=1e-9)
         assert alike[draw] == pytest.approx(rsa_by_pairs(x, y, rows), rel=1e-9)
+
+
+def test_the_interval_of_cka_holds_its_value_and_that_of_as_many_other_facts() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(40, 40, generator=generator) / 40**0.5
+    drawn = []
+    for _ in range(40):
+        noise, first = (torch.randn(30, 40, generator=generator) for _ in range(2))
+        drawn.append(_cka_interval(first, first @ mix + noise, 200, 0))
+    expected = np.mean([value for value, _, _ in drawn])
+    assert all(low <= value <= high for value, low, high in drawn)
+    assert np.mean([low <= expected <= high for _, low, high in drawn]) > 0.85
+    noise = [torch.randn(60, 576, generator=generator) for _ in range(2)]
+    value, low, high = _cka_interval(*noise, 200, 0)  # more dimensions than facts: far from 0, and the draws above it
+    resampled = linear_cka(*noise, torch.from_numpy(bootstrap(np.eye(60), draws=50)))
+    assert 0.5 < low <= value <= high < resampled.min()
+    assert _cka_interval(X, X, 50, 0) == pytest.approx((1, 1, 1))
+
+
+def test_an_interval_of_cka_leaves_facts_out_as_one_does_by_hand() -> None:
+    value, low, high = _cka_interval(X, Y, 4000, 1)
+    x, y = X.numpy().astype(float), Y.numpy().astype(float)
+    without = np.array([cka_by_features(np.delete(x, i, 0), np.delete(y, i, 0)) for i in range(12)])
+    spread = np.sqrt(11 / 12 * ((without - without.mean()) ** 2).sum())  # the jackknife's standard error
+    assert value == pytest.approx(cka_by_features(x, y))
+    assert high - low == pytest.approx(2 * 1.96 * spread, rel=0.15)
+
+
+@pytest.mark.filterwarnings("error")
+def test_prompts_that_are_all_alike_are_one_sentence_and_equal_states_are_missing() -> None:
+    records = [{"id": str(i), "prompt": "the sky is", "answer": word} for i, word in enumerate(("red", "blue", "Au"))]
+    with pytest.raises(ValueError, match="3 facts with different prompts, and 'alike' has 1"):
+        similarity(tiny("llama"), tiny("llama"), FactSet.from_records(records, name="alike"))
+    assert np.isnan(_rsa_interval(torch.ones(4, 1), torch.ones(4, 1), torch.full((5, 4), 0.25))).all()
+    assert np.isnan(_cka_interval(torch.ones(4, 1), torch.ones(4, 1), 5, 0)[0])
 
 
 def test_models_by_layer_equal_plain_transformers_and_a_model_is_like_itself() -> None:

@@ -57,6 +57,21 @@ def interval(
     return np.asarray(low), np.asarray(high)
 
 
+def jackknifed(
+    whole: float, without: Float[np.ndarray, " fact"], *, draws: int = DRAWS, seed: int = SEED
+) -> tuple[float, float]:
+    """A 95% interval of a statistic from its values with each fact left out: the bootstrap of its pseudo-values.
+
+    For statistics that a fact drawn twice would change by itself, as a rank or a similarity. The interval lies around
+    `whole` and covers what as many other facts would be expected to give, not what ever more facts would.
+
+    >>> jackknifed(0.5, np.full(4, 0.5))
+    (0.5, 0.5)
+    """
+    low, high = interval(whole + (len(without) - 1) * (without.mean() - without), draws=draws, seed=seed)
+    return float(low), float(high)
+
+
 def means(frame: pd.DataFrame, *, draws: int = DRAWS, seed: int = SEED) -> pd.DataFrame:
     """Weighted means per (method,) suite and metric, with paired bootstrap 95% intervals of the change.
 

@@ -80,7 +80,7 @@ def drift_command(
         print("\nPushed away: facts whose distance grew by more than the 95th percentile of what other words do")
         noise = noise_floor(first, chosen, metrics=floored, anchor=anchor, progress=not asked.quiet)
         show(pushed_away(frame, noise))
-    if similar and len(chosen) > 2:
+    if similar and len({fact.prompt for fact in chosen}) > 2:
         print("\nHow alike the two models hold these facts (1: up to a rotation and a scale)")
         show(similarity(first, second, chosen, seed=asked.seed, progress=not asked.quiet))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from workbench.facts import FactSet, TokenisedFact
-from workbench.intervals import interval
+from workbench.intervals import interval, jackknifed
 from workbench.learning.learner import STEPS, check_learning, learnt, natural_rate
 from workbench.models import HookedModel, pad_batch
 from workbench.recollection import read_facts
@@ -171,7 +171,7 @@ def _per_layer(
             ends = interval(values)
         ranks = [effective_rank(moved[layer]).item() for moved in (alone, joint)]
         change = ranks[1] - ranks[0]
-        low, high = _jackknifed(change, _without_each(joint[layer]) - _without_each(alone[layer]))
+        low, high = jackknifed(change, _without_each(joint[layer]) - _without_each(alone[layer]))
         rows.append((layer, values.mean(), float(ends[0]), float(ends[1]), *ranks, change, low, high))
     names = ["layer", "suppression", "low", "high", "rank_alone", "rank_joint", "rank_change", "rank_low", "rank_high"]
     return pd.DataFrame(rows, columns=names)
@@ -189,12 +189,3 @@ def _without_each(rows: Float[Tensor, "fact d_model"]) -> Float[np.ndarray, " fa
         values = torch.linalg.eigvalsh(products[one][:, one]).clamp(min=0).sqrt()
         found.append(_rank_of(values).item())
     return np.array(found)
-
-
-def _jackknifed(whole: float, without: Float[np.ndarray, " fact"]) -> tuple[float, float]:
-    """A 95% interval of a statistic from its values with each fact left out: the bootstrap of its pseudo-values.
-
-    Facts drawn twice, as in a plain bootstrap, would lower a rank by themselves.
-    """
-    low, high = interval(whole + (len(without) - 1) * (without.mean() - without))
-    return float(low), float(high)

@@ -12,13 +12,13 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from workbench.facts import FactSet
-from workbench.intervals import SEED, bootstrap
+from workbench.intervals import SEED, bootstrap, jackknifed
 from workbench.opening import check_comparable, hooked_among, open_model
 from workbench.semantics.anchors import last_states
 
-#: Draws of the bootstrap: each costs five products of a fact x fact matrix per layer.
+#: Draws of the bootstraps: of RSA each costs three products of a fact x fact matrix per layer.
 DRAWS = 500
-FEWEST = 3  # facts: two have a single pair, which correlates with nothing
+FEWEST = 3  # prompts: two have a single pair, which correlates with nothing
 
 
 def similarity(
@@ -35,21 +35,25 @@ def similarity(
 
     `cka` is linear CKA, `rsa` the correlation of pairwise cosines (see `linear_cka`, `rsa`): 1 where the arrangement
     is the same up to a rotation and a scale. With fewer facts than dimensions linear CKA lies above its value for many
-    facts, so compare values over the same facts only.
+    facts, so compare values over the same facts only. The intervals are of that value too: they cover what other facts,
+    as many and of the same kind, would be expected to give, and not the limit of ever more facts.
 
     Returns:
-        Frame with layer, metric, value, low, high (95% percentile bootstrap over facts), n, draws, seed; and method,
-        where `after` is a dictionary of several models by name.
+        Frame with layer, metric, value, low, high (95% over facts: of CKA from the jackknife, since a fact that is
+        drawn twice would raise it, of RSA by percentile bootstrap), n, draws, seed; and method, where `after` is a
+        dictionary of several models by name.
 
     Raises:
-        ValueError: fewer than three facts, or models that differ in width, depth or vocabulary.
+        ValueError: fewer than three facts with different prompts, or models that differ in width, depth or vocabulary.
     """
-    if len(facts) < FEWEST:
-        raise ValueError(f"Similarity needs at least {FEWEST} facts, and {facts.name!r} has {len(facts)}.")
     first = open_model(before, beside=hooked_among(after), tokenizer=tokenizer)
     prompts = [fact.prompt_ids for fact in first.tokenise(facts)]
-    even = np.full((1, len(facts)), 1 / len(facts))
-    weights = torch.from_numpy(np.vstack([even, bootstrap(np.eye(len(facts)), draws=draws, seed=seed)]))
+    if len(set(prompts)) < FEWEST:
+        raise ValueError(
+            f"Similarity needs at least {FEWEST} facts with different prompts, and {facts.name!r} has "
+            f"{len(set(prompts))}."
+        )
+    drawn = torch.from_numpy(bootstrap(np.eye(len(facts)), draws=draws, seed=seed))
     old = last_states(first, prompts)
     records = []
     several = after if isinstance(after, Mapping) else {"after": after}
@@ -58,10 +62,12 @@ def similarity(
         check_comparable(first, second)
         new = last_states(second, prompts)
         for layer in tqdm(range(first.n_layers), unit="layer", desc="similarity", disable=not progress):
-            for metric, measure in (("cka", linear_cka), ("rsa", rsa)):
-                found = measure(old[layer], new[layer], weights).numpy()
-                low, high = np.nanpercentile(found[1:], [2.5, 97.5])
-                records.append((name, layer, metric, found[0], low, high, len(facts), draws, seed))
+            found = {
+                "cka": _cka_interval(old[layer], new[layer], draws, seed),
+                "rsa": _rsa_interval(old[layer], new[layer], drawn),
+            }
+            for metric, ends in found.items():
+                records.append((name, layer, metric, *ends, len(facts), draws, seed))
     columns = ["method", "layer", "metric", "value", "low", "high", "n", "draws", "seed"]
     frame = pd.DataFrame(records, columns=columns)
     return frame if isinstance(after, Mapping) else frame.drop(columns="method")
@@ -75,8 +81,8 @@ def linear_cka(
     """Linear CKA (arXiv 1905.00414): `|Y^T X|_F^2 / (|X^T X|_F |Y^T Y|_F)`, features centred over facts.
 
     Written with Gram matrices, K = X X^T and L = Y Y^T: `<K, L>/sqrt(<K, K><L, L>)`, both centred. `weights` has a row
-    per draw of a bootstrap that sums to 1; the centring is that of the drawn facts. Invariant under rotations and
-    scales of either side, not under linear maps in general.
+    per draw that sums to 1 (of a bootstrap, or without one fact); the centring is that of the drawn facts. Invariant
+    under rotations and scales of either side, not under linear maps in general.
 
     >>> round(linear_cka(torch.eye(3), 2 * torch.eye(3)).item(), 6)
     1.0
@@ -90,7 +96,7 @@ def linear_cka(
         cross = torch.einsum("df,df,df->d", w, a, b)
         return _quadratic(A * B, w) - 2 * cross + torch.einsum("df,df->d", w, a) * torch.einsum("df,df->d", w, b)
 
-    return inner(K, L) / (inner(K, K) * inner(L, L)).sqrt()
+    return (inner(K, L) / (inner(K, K) * inner(L, L)).sqrt()).clamp(max=1)
 
 
 def rsa(
@@ -114,6 +120,28 @@ def rsa(
     covariance = _quadratic(A * B, w) / total - a * b
     spread = (_quadratic(A * A, w) / total - a * a) * (_quadratic(B * B, w) / total - b * b)
     return covariance / spread.clamp(min=0).sqrt()
+
+
+def _cka_interval(
+    first: Float[Tensor, "fact d_first"], second: Float[Tensor, "fact d_second"], draws: int, seed: int
+) -> tuple[float, float, float]:
+    """Linear CKA and its ends; they stay within 0 and 1, as it does."""
+    n = len(first)
+    without = (1 - torch.eye(n, dtype=torch.float64)) / (n - 1)
+    value, *others = linear_cka(first, second, torch.cat([_even(n), without])).tolist()
+    low, high = jackknifed(value, np.array(others), draws=draws, seed=seed)
+    return value, max(low, 0.0), min(high, 1.0)
+
+
+def _rsa_interval(
+    first: Float[Tensor, "fact d_first"], second: Float[Tensor, "fact d_second"], drawn: Float[Tensor, "draw fact"]
+) -> tuple[float, float, float]:
+    """RSA and its ends; draws of too few different facts stay out, and all is missing where it is missing itself."""
+    value, *others = rsa(first, second, torch.cat([_even(len(first)), drawn])).tolist()
+    if np.isnan(others).all():
+        return value, np.nan, np.nan
+    low, high = np.nanpercentile(others, [2.5, 97.5])
+    return value, float(low), float(high)
 
 
 def _gram(states: Float[Tensor, "fact d"]) -> Float[Tensor, "fact fact"]:
