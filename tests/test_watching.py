@@ -63,20 +63,22 @@ def known_by(kind: str = "llama") -> FactSet:
     return FactSet("known", tuple(facts))
 
 
-def train(model, *callbacks, folder, steps=6, accumulation=1, rate=2e-2, schedule="constant", **more) -> Trainer:
+def train(
+    model, *callbacks, folder, steps=6, accumulation=1, rate=2e-2, schedule="constant", resume=None, saves="no", **more
+) -> Trainer:
     """A plain user's Trainer."""
     items = tiny("llama").tokenise(TAUGHT)
     args = TrainingArguments(
         output_dir=str(folder), max_steps=steps, per_device_train_batch_size=2, learning_rate=rate, seed=3,
         gradient_accumulation_steps=accumulation, lr_scheduler_type=schedule, report_to=[], disable_tqdm=True,
-        save_strategy="no", use_cpu=True, remove_unused_columns=False, weight_decay=0.1, dataloader_pin_memory=False,
+        save_strategy=saves, use_cpu=True, remove_unused_columns=False, weight_decay=0.1, dataloader_pin_memory=False,
         logging_strategy="no", **more,
     )  # fmt: skip
     trainer = Trainer(model=model, args=args, train_dataset=items, data_collator=collate, callbacks=list(callbacks))
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
             trainer.remove_callback(callback)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
@@ -306,6 +308,54 @@ def test_training_stops_where_no_layer_is_left(tmp_path) -> None:
     assert trainer.state.global_step == watch.summary["acted"][0]["step"] < 9
     assert sorted(watch.summary["acted"][0]["frozen"]) == [0, 1, 2]
     assert all(torch.equal(p, start[name]) for name, p in trainer.model.named_parameters() if name in start)
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file")  # peft's, of a model without a folder
+@pytest.mark.parametrize("method", ["lora", "loki"])
+def test_a_training_that_goes_on_keeps_its_start_and_its_trajectory(method: str, tmp_path) -> None:
+    base, out, last = tiny("llama"), tmp_path / "watch.csv", str(tmp_path / "checkpoint-4")
+    whole = DriftWatch(base, known_by(), every=2)
+    train(model_of(method), whole, folder=tmp_path / "whole", steps=8)
+    train(model_of(method), DriftWatch(base, known_by(), every=2, out=out), folder=tmp_path, steps=5, saves="steps",
+          save_steps=4)  # fmt: skip
+    before = pd.read_csv(out)
+    again = DriftWatch(base, known_by(), every=2, out=out, drift=1e9)
+    train(model_of(method), again, folder=tmp_path, steps=8, resume=last)
+    frame = pd.read_csv(out)
+    assert frame["step"].unique().tolist() == [0, 2, 4, 6, 8]
+    pd.testing.assert_frame_equal(frame.query("step < 4"), before.query("step < 4"))
+    np.testing.assert_allclose(frame["change"], whole.trajectory["change"], atol=1e-5)
+    assert frame.query("step == 4 and metric == 'd_soft'")["change"].item() > 1e-3
+    assert again.kept_step == 8
+    assert frame["seconds"].is_monotonic_increasing
+    alone = DriftWatch(base, known_by(), every=2)  # without the file the start is read all the same
+    train(model_of(method), alone, folder=tmp_path, steps=6, resume=last)
+    assert alone.trajectory["step"].unique().tolist() == [0, 4, 6]
+    np.testing.assert_allclose(alone.trajectory["change"], frame.query("step in (0, 4, 6)")["change"], atol=1e-5)
+
+
+def test_a_training_whose_start_is_gone_is_not_watched_on(tmp_path) -> None:
+    base, out, state = tiny("llama"), tmp_path / "watch.csv", TrainerState(max_steps=9, global_step=4)
+    train(model_of("lora"), DriftWatch(base, known_by(), every=2, out=out), folder=tmp_path, steps=4)
+
+    def resumed(watch: DriftWatch, model) -> None:
+        watch.on_train_begin(None, state, TrainerControl(), model=model)
+
+    with pytest.raises(ValueError, match="freeze_layers needs the weights of the start"):
+        resumed(DriftWatch(base, PROBE, drift=1.0, action="freeze_layers"), model_of("lora"))
+    with pytest.raises(ValueError, match="learned tokens"):
+        resumed(DriftWatch(base, PROBE), model_of("prompt"))
+    mine = random_model("llama").requires_grad_(True)
+    with pytest.raises(ValueError, match="give a base model of its own"):
+        resumed(DriftWatch(load_model(mine, tokenizer=tokenizer()), PROBE), mine)
+    with pytest.raises(ValueError, match="started elsewhere"):
+        resumed(DriftWatch(base, PROBE, out=out), model_of("lora"))
+    out.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="not written by a watch"):
+        resumed(DriftWatch(base, PROBE, out=out), model_of("lora"))
+    drifted = train(model_of("lora"), folder=tmp_path, steps=4).model
+    with pytest.raises(ValueError, match="step 4, which is beyond the bound on drift already"):
+        resumed(DriftWatch(base, known_by(), drift=1e-6), drifted)
 
 
 class Clock:

@@ -13,9 +13,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from workbench.facts import FactSet
 from workbench.models import HookedModel
-from workbench.results import save_frame, write_atomically
 from workbench.training.probing import AWAY, Seen, blocks_of, device_of, growth, read_probe
 from workbench.training.remedies import ACTIONS, Situation, keep_trainable
+from workbench.training.resuming import check_resumed, check_same_start, rows_until, seconds_until, write_frame
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,10 @@ class DriftWatch(TrainerCallback):
       among the layers that still train; at a tie the lower. Where nothing is left to train, training stops. After the
       last step nothing is frozen and no rate is lowered.
 
+    A training that goes on from a checkpoint keeps its start: theta_0 is then read from `base`, and the rows of a
+    trajectory at `out` up to the checkpoint stay. The weights of the start are not at hand there: `stop` goes back to
+    the checkpoint at worst, and `freeze_layers` is refused.
+
     Args:
         base: the model that training started from: its tokenizer, embedding and names of blocks are used. Its
             embedding stays as it is also where the trained model shares its weights.
@@ -68,7 +72,8 @@ class DriftWatch(TrainerCallback):
 
     Raises:
         ValueError: empty sets, unknown metrics or actions, impossible numbers; at the start of training a model that is
-            not `base` trained, or a bound on forgetting where nothing is known.
+            not `base` trained, or a bound on forgetting where nothing is known; at a checkpoint, a start that cannot be
+            read or is another than the one at `out`, or a bound with `stop` that is crossed already.
     """
 
     def __init__(
@@ -155,6 +160,8 @@ class DriftWatch(TrainerCallback):
         W_E = self.base.W_E.detach()
         self.W_E = (W_E.clone() if W_E.data_ptr() in trained else W_E).to(device_of(model))
         layered = self.action == "freeze_layers" and self._bounds()
+        if state.global_step > 0:
+            self._resume(state.global_step, model)
         self.blocks = blocks_of(model, self.base.block_names) if layered else []
         self.last_step = state.global_step
         self._reading(state, control, {"model": model, **kwargs})
@@ -163,6 +170,20 @@ class DriftWatch(TrainerCallback):
                 f"The model answers none of the {len(self.groups[self.bounded])} {self.bounded} facts at the start, so "
                 "forgetting has no bound: give facts that it knows as retained."
             )
+
+    def _resume(self, step: int, model: nn.Module) -> None:
+        """Take the start from the base model, and the rows and seconds before this step from an earlier trajectory."""
+        check_resumed(step, model, self.base.hf, self.action if self._bounds() else None)
+        W_E = self.W_E.to(self.base.device)
+        self.start = {name: read_probe(self.base.hf, facts, W_E, self.metrics) for name, facts in self.groups.items()}
+        rows = [row for name, seen in self.start.items() for row in self._rows(name, seen)]
+        self.rows = [] if self.out is None else rows_until(step, self.out, COLUMNS)
+        if self.rows:
+            check_same_start(self.rows, rows)
+        else:
+            self.rows = [{"step": 0, "seconds": 0.0} | row | {"cost": math.nan} for row in rows]
+        seconds, self.spent = seconds_until(self.rows)
+        self.started -= seconds
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Read when it is time to, and at the last step in any case."""
@@ -203,11 +224,16 @@ class DriftWatch(TrainerCallback):
             name: read_probe(model, facts, self.W_E, self.metrics, self.blocks if name == self.bounded else ())
             for name, facts in self.groups.items()
         }
-        first = not self.start
+        first = not self.costs
         self.start = self.start or seen
         self.last_step = state.global_step
         rows = [row for name in seen for row in self._rows(name, seen[name])]
         crossed = [] if first else self._crossed(rows)
+        if first and state.global_step > 0 and self.action == "stop" and (beyond := self._crossed(rows)):
+            raise ValueError(
+                f"The training goes on from step {state.global_step}, which is beyond the bound on {beyond[0][0]} "
+                "already: go on from an earlier checkpoint."
+            )
         if crossed and (self.action == "stop" or not last):
             stops, done = ACTIONS[self.action](self._situation(objects, seen[self.bounded]))
             control.should_training_stop = control.should_training_stop or stops
@@ -263,10 +289,7 @@ class DriftWatch(TrainerCallback):
         """Write the whole trajectory, so that a run that is killed keeps it."""
         if self.out is None:
             return
-        if self.out.suffix == ".csv":
-            write_atomically(self.out, lambda partial: self.trajectory.to_csv(partial, index=False))
-        else:
-            save_frame(self.trajectory, self.out)
+        write_frame(self.trajectory, self.out)
 
 
 def _check(watch: DriftWatch, probe: FactSet, retained: FactSet | None, most: int) -> None:
