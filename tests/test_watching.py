@@ -358,6 +358,20 @@ def test_a_training_whose_start_is_gone_is_not_watched_on(tmp_path) -> None:
         resumed(DriftWatch(base, known_by(), drift=1e-6), drifted)
 
 
+def test_what_trains_outside_the_layers_goes_back_where_no_layer_is_left(tmp_path) -> None:
+    base, retained = tiny("llama"), known_by()
+    config = LoraConfig(r=4, target_modules=["embed_tokens", "down_proj"], task_type="CAUSAL_LM")
+    watch = DriftWatch(base, retained, every=1, drift=1e-6, action="freeze_layers", layers=3)
+    model = get_peft_model(random_model("llama"), config)
+    start = trainable(model)
+    trainer = train(model, watch, folder=tmp_path, steps=6)
+    assert [sorted(one["frozen"]) for one in watch.summary["acted"]] == [[0, 1, 2], []]
+    assert trainer.state.global_step == watch.summary["acted"][1]["step"] < 6
+    assert any("embed_tokens" in name for name in start)
+    assert all(torch.equal(p, start[name]) for name, p in trainer.model.named_parameters() if name in start)
+    assert end_drift(watch, trainer.model, retained) <= 1e-6
+
+
 class Clock:
     """A clock that only moves when it is told to."""
 

@@ -62,7 +62,7 @@ def lower_rate(now: Situation) -> Done:
 
 @torch.no_grad()
 def freeze_layers(now: Situation) -> Done:
-    """Put the worst layers that still train back to their start, for good; stop where nothing is left to train."""
+    """Put the worst layers that still train back to their start, for good; with none left, the rest too, and stop."""
     inside: dict[int | None, list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in now.model.named_parameters():
         if parameter.requires_grad:
@@ -71,11 +71,19 @@ def freeze_layers(now: Situation) -> Done:
     grown = [] if now.grown is None else now.grown.nan_to_num(math.inf).tolist()
     worst = sorted(left, key=lambda layer: (-grown[layer], layer))[: now.layers]
     for layer in worst:
-        for name, parameter in inside.pop(layer):
-            parameter.copy_(now.kept[name])
-            parameter.grad = None
-            parameter.requires_grad_(False)
+        _put_back(inside.pop(layer), now.kept)
+    if not worst:  # what lies outside the blocks would keep what it learned
+        for rest in inside.values():
+            _put_back(rest, now.kept)
     return not inside or not worst, {"frozen": worst}
+
+
+def _put_back(parameters: Sequence[tuple[str, nn.Parameter]], kept: Mapping[str, Tensor]) -> None:
+    """Give parameters their kept values, for good."""
+    for name, parameter in parameters:
+        parameter.copy_(kept[name])
+        parameter.grad = None
+        parameter.requires_grad_(False)
 
 
 def layer_of(parameter: str, names: Sequence[str]) -> int | None:

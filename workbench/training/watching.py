@@ -41,8 +41,8 @@ class DriftWatch(TrainerCallback):
     - `freeze_layers`: the worst `layers` layers are dropped: their trainable weights go back to the start and stay
       there. With s_l the mean over the retained facts of `1 - cos` between the residual stream after block l at the
       last prompt token and the same at the start, the worst are those where `s_l - s_(l-1)` is largest (s_(-1) = 0),
-      among the layers that still train; at a tie the lower. Where nothing is left to train, training stops. After the
-      last step nothing is frozen and no rate is lowered.
+      among the layers that still train; at a tie the lower. Where no layer is left, what trains outside of the layers
+      goes back to the start too and training stops. After the last step nothing is frozen and no rate is lowered.
 
     A training that goes on from a checkpoint keeps its start: theta_0 is then read from `base`, and the rows of a
     trajectory at `out` up to the checkpoint stay. The weights of the start are not at hand there: `stop` goes back to
