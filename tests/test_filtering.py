@@ -132,6 +132,17 @@ def test_each_rule_is_what_it_says() -> None:
     assert filter_facts(tied, rule="band", keep=2, facts=facts, low=0.0).ids == ("f0", "f1")
 
 
+def test_every_band_within_the_quantiles_is_given_at_every_size() -> None:
+    for n in (1, 2, 3, 5, 8, 25, 33):
+        d = {f"f{i}": float(i) for i in range(n)}
+        facts = FactSet.from_records([{"id": i, "prompt": f"The {i} of", "answer": "x"} for i in d], name="many")
+        for low, keep in ((0.3, 0.7), (0.5, 0.5), (0.1, 0.9), (0.99, 0.01), (0.25, 0.3), (0.0, 1.0)):
+            kept = filter_facts(d, rule="band", keep=keep, low=low, facts=facts).ids
+            assert len(kept) == max(1, round(keep * n))
+            assert abs(int(kept[0][1:]) - low * n) <= 1
+            assert int(kept[-1][1:]) - int(kept[0][1:]) == len(kept) - 1
+
+
 def test_the_frame_of_distances_is_enough() -> None:
     assert filter_facts(frame_of(FACTS, d_emb=np.arange(8)), rule="band", keep=3, low=0.0).facts == FACTS.facts[:3]
     frame = frame_of(FACTS, d_emb=np.arange(8), d_soft=np.arange(8)[::-1])

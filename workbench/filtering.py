@@ -132,9 +132,12 @@ def spread(pool: Pool) -> Int[np.ndarray, " kept"]:
 def band(pool: Pool) -> Int[np.ndarray, " kept"]:
     """As many facts as are kept, from the quantile `low` on."""
     n, room = len(pool.distance), len(pool.distance) - pool.keep
-    start = room // 2 if pool.low is None else round(pool.low * n)
-    if not 0 <= start <= room:
+    if pool.low is None:
+        return np.arange(room // 2, room // 2 + pool.keep)
+    rounded = 0.5 if pool.keep > 1 else 1.0  # facts by which a share that was kept may have been rounded up
+    if pool.low * n > room + rounded + 1e-9:
         raise ValueError(f"A band of {pool.keep} of {n} facts cannot start at the quantile low={pool.low:g}.")
+    start = min(round(pool.low * n), room)
     return np.arange(start, start + pool.keep)
 
 
