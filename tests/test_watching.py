@@ -22,7 +22,7 @@ from workbench.recollection import read_facts
 from workbench.results import load_frame
 from workbench.training import DriftWatch, collate, implant
 from workbench.training import watching as room
-from workbench.training.probing import growth
+from workbench.training.probing import AWAY, growth
 from workbench.training.remedies import layer_of
 
 TAUGHT = FACTS.filter(ids=["france", "japan", "kenya", "gold"])
@@ -136,10 +136,12 @@ def test_the_trajectory_is_what_one_reads_by_hand_at_every_step(method: str, tmp
     train(model_of(method), copies, watch, folder=tmp_path, steps=3, accumulation=2)
     frame = watch.trajectory.set_index(["step", "group", "metric"])
     assert sorted(set(watch.trajectory["step"])) == [0, 2, 3]  # the last step is read in any case
-    moved = 0.0
+    moved, most = 0.0, watch.transient
+    assert len(most) == 3 * (len(PROBE) + len(retained))
     for group, facts in (("probe", PROBE), ("retained", retained)):
         tokens = base.tokenise(facts)
         first = by_hand(copies.models[0], tokens, base.W_E)
+        away: dict[int, dict] = {}
         for step in (0, 2, 3):
             now = by_hand(copies.models[step], tokens, base.W_E)
             for metric, sign in (("d_soft", 1), ("d_emb", 1), ("logprob", -1)):
@@ -150,14 +152,29 @@ def test_the_trajectory_is_what_one_reads_by_hand_at_every_step(method: str, tmp
                 assert row["n"] == len(facts)
                 moved = max(moved, abs(change.mean()))
             assert frame.loc[step, group, "d_soft"]["pushed"] == np.mean(now["d_soft"] - first["d_soft"] > 0.01)
+            away[step] = {metric: sign * (now[metric] - first[metric]) for metric, sign in AWAY.items()}
             lost = frame.loc[step, group, "forgetting"]
             assert lost["n"] == first["known"].sum()
             if lost["n"]:
                 assert lost["value"] == np.mean(~now["known"][first["known"]])
+        for metric in AWAY:
+            found, each = (
+                most.query("group == @group and metric == @metric"),
+                np.stack([away[step][metric] for step in (0, 2, 3)]),
+            )
+            assert found["fact"].tolist() == list(facts.ids)
+            np.testing.assert_allclose(found["most"], each.max(0), atol=4e-5)
+            np.testing.assert_allclose(
+                [away[s][metric][i] for i, s in enumerate(found["step"])], each.max(0), atol=4e-5
+            )
+        assert watch.summary["transient"][group] == pytest.approx(
+            most.query("group == @group and metric == 'd_soft'")["most"].mean()
+        )
     assert moved > 1e-3  # the comparison has something to compare
     if method != "prompt":  # whose own tokens change what is said from the start
         assert frame.loc[0, "retained", "forgetting"]["n"] == len(retained)
     pd.testing.assert_frame_equal(load_frame(tmp_path / "watch.parquet"), watch.trajectory)
+    pd.testing.assert_frame_equal(load_frame(tmp_path / "watch_transient.parquet"), watch.transient)
 
 
 @pytest.mark.parametrize(("method", "bounded"), [("lora", False), ("dropout", True)])
@@ -327,6 +344,8 @@ def test_a_training_that_goes_on_keeps_its_start_and_its_trajectory(method: str,
     np.testing.assert_allclose(frame["change"], whole.trajectory["change"], atol=1e-5)
     assert frame.query("step == 4 and metric == 'd_soft'")["change"].item() > 1e-3
     assert again.kept_step == 8
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "watch_transient.csv"), again.transient)
+    np.testing.assert_allclose(again.transient["most"], whole.transient["most"], atol=1e-5)
     assert frame["seconds"].is_monotonic_increasing
     alone = DriftWatch(base, known_by(), every=2)  # without the file the start is read all the same
     train(model_of(method), alone, folder=tmp_path, steps=6, resume=last)

@@ -73,6 +73,15 @@ def seconds_until(earlier: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
     return last, last * costs[-1] / (1 + costs[-1]) if costs else last
 
 
+def beside(path: Path) -> Path:
+    """Where the transient drift lies beside a trajectory.
+
+    >>> beside(Path("runs/watch.csv")).name
+    'watch_transient.csv'
+    """
+    return path.with_name(f"{path.stem}_transient{path.suffix}")
+
+
 def write_frame(frame: pd.DataFrame, path: Path) -> None:
     """Write a frame as `.csv` or `.parquet`, in full or not at all."""
     if path.suffix == ".csv":

@@ -13,9 +13,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from workbench.facts import FactSet
 from workbench.models import HookedModel
+from workbench.training import transient
 from workbench.training.probing import AWAY, Seen, blocks_of, device_of, growth, read_probe
 from workbench.training.remedies import ACTIONS, Situation, keep_trainable
-from workbench.training.resuming import check_resumed, check_same_start, rows_until, seconds_until, write_frame
+from workbench.training.resuming import beside, check_resumed, check_same_start, rows_until, seconds_until, write_frame
+from workbench.training.transient import Transient
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +68,8 @@ class DriftWatch(TrainerCallback):
         layers: of `freeze_layers`.
         floor: noise floor of the first metric (see `noise_floor`), for the share of facts pushed away beyond it.
         most: read at most so many facts of each set, drawn by `seed`.
-        out: a `.parquet` or `.csv` file for the trajectory, written in full at every reading.
+        out: a `.parquet` or `.csv` file for the trajectory, written in full at every reading; `transient` goes beside
+            it, as `<name>_transient`.
         seed: of the draw.
         clock: seconds; for tests.
 
@@ -116,6 +119,7 @@ class DriftWatch(TrainerCallback):
         self.costs: list[float] = []
         self.start: dict[str, Seen] = {}
         self.kept: dict[str, Tensor] = {}
+        self.farthest = Transient()
         self.kept_step = self.last_step = 0
         self.started, self.spent, self.total = self.clock(), 0.0, 0.0
 
@@ -129,6 +133,16 @@ class DriftWatch(TrainerCallback):
         per second of training, missing at the start).
         """
         return pd.DataFrame(self.rows, columns=list(COLUMNS))
+
+    @property
+    def transient(self) -> pd.DataFrame:
+        """How far every fact was from its start at most, over all readings: the transient drift.
+
+        Columns: group; fact; metric; most (the largest change since the start, counted away from the answer, so that it
+        is at least 0); step (the first at which it was read). After a training that went on from a checkpoint, readings
+        that were undone do not count.
+        """
+        return self.farthest.frame
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -148,6 +162,7 @@ class DriftWatch(TrainerCallback):
             "bounds": {"drift": self.drift, "forgetting": self.forgetting},
             "action": self.action,
             "acted": list(self.acted),
+            "transient": self.farthest.means(self.metrics[0]),
             "seed": self.seed,
         }
 
@@ -178,6 +193,7 @@ class DriftWatch(TrainerCallback):
         self.start = {name: read_probe(self.base.hf, facts, W_E, self.metrics) for name, facts in self.groups.items()}
         rows = [row for name, seen in self.start.items() for row in self._rows(name, seen)]
         self.rows = [] if self.out is None else rows_until(step, self.out, COLUMNS)
+        self.farthest.take([] if self.out is None else rows_until(step, beside(self.out), transient.COLUMNS))
         if self.rows:
             check_same_start(self.rows, rows)
         else:
@@ -256,6 +272,7 @@ class DriftWatch(TrainerCallback):
         for metric, values in seen.values.items():
             change = values - start.values[metric]
             away = AWAY[metric] * change
+            self.farthest.note(group, self.groups[group], metric, away.tolist(), self.last_step)
             beyond = math.nan
             if self.floor is not None and metric == self.metrics[0]:
                 beyond = float((away > self.floor).double().mean())
@@ -290,6 +307,7 @@ class DriftWatch(TrainerCallback):
         if self.out is None:
             return
         write_frame(self.trajectory, self.out)
+        write_frame(self.transient, beside(self.out))
 
 
 def _check(watch: DriftWatch, probe: FactSet, retained: FactSet | None, most: int) -> None:
