@@ -31,6 +31,8 @@ def layer_advice(
     The budgets share out what `quota` gives by `max(0, 1 - w z)`, as the strategy `interference_aware` does, with z
     the standard deviations by which a layer's collisions lie above those of the others. Without `new` (or with the
     weight of new 0) they are exactly its budgets; with `new`, z also has the overlap of new and retained facts.
+    That strategy counts new facts by unit and never by layer, so that with `new` the two may give a layer different
+    budgets; to train by the advice, `select(strategy="per_layer_budget", quota=quotas(advice, n_units))`.
 
     Args:
         interference: a result of `interference` for the retained facts; of its measures the overlaps "cosine"
