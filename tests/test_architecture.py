@@ -7,6 +7,9 @@ have another name than the function, because a package cannot hold a function an
 import ast
 import importlib
 import inspect
+import re
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -129,6 +132,19 @@ def test_the_check_can_fail() -> None:
     assert faults("import plotly.express as px", "reporting", "workbench.reporting")
     assert faults("from transformers import Trainer", "loki", "workbench.loki")
     assert not faults("from workbench.metrics import kl\nimport torch", "engine", "workbench")
+
+
+def test_every_library_that_is_imported_is_declared_and_pinned() -> None:
+    project = tomllib.loads((HOME.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    listed = [*project["dependencies"], *(one for extra in project["optional-dependencies"].values() for one in extra)]
+    pinned = (HOME.parent / "constraints.txt").read_text(encoding="utf-8").splitlines()[1:]
+    declared, exact = ({re.split("[<>=[]", one)[0].lower().replace("-", "_") for one in many}
+                       for many in (listed, pinned))  # fmt: skip
+    named = [imports(path.read_text(encoding="utf-8"), "workbench") for path in modules()]
+    used = {module.split(".")[0] for found in named for module, _ in found} - sys.stdlib_module_names - {"workbench"}
+    assert {"peft", "huggingface_hub"} < used
+    assert used - declared - {""} == used - exact - {""} == set()
+    assert "peft>=0.21,<1" in listed  # the first peft with KaSA
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(HOME)))

@@ -256,5 +256,5 @@ def test_registration_is_idempotent_and_guarded(monkeypatch):
             registration.register(LokiConfig, LokiModel)
     monkeypatch.setattr(registration, "NAME", "LOKI_TWO")
     monkeypatch.setattr(registration, "_add_member", lambda name: None)
-    with pytest.raises(RuntimeError, match="does not let a method be added"):
+    with pytest.raises(RuntimeError, match=r"does not let a method be added .* install peft 0\.21"):
         registration.register(LokiConfig, LokiModel)

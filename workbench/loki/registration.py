@@ -38,7 +38,7 @@ def register(config_cls: type[PeftConfig], model_cls: type[BaseTuner]) -> None:
             raise TypeError("the prefix was not taken over")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise RuntimeError(
-            f"peft {version('peft')} does not let a method be added ({error}); install a peft from 0.19 to 0.21."
+            f"peft {version('peft')} does not let a method be added ({error}); install peft 0.21, which does."
         ) from error
 
 
