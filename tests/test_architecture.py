@@ -20,6 +20,7 @@ HOME = Path(workbench.__file__).parent
 
 #: The picture. A room imports only from rooms of strictly lower layers.
 LAYERS: dict[str, int] = {
+    "announcing": 0,  # LoKI to peft, once both are imported
     "config": 0,  # what a run is told; no torch
     "facts": 0,  # Fact, FactSet: read, check, split, tokenise
     "intervals": 0,  # means with intervals: the bootstrap, shares

@@ -78,7 +78,10 @@ def test_the_whole_way_of_loki(inputs, tmp_path) -> None:
     assert share in card.content
     assert f"trained numbers: {about['trainable_parameters']:,} of {about['parameters']:,}" in card.content
     assert "workbench implant" in card.content
-    assert ModelCard.load(out / "adapter/README.md").data.library_name == "peft"
+    beside = ModelCard.load(out / "adapter/README.md")
+    assert beside.data.library_name == "peft"
+    assert "`import workbench`" in beside.content  # without it peft does not know LoKI
+    assert "`import workbench`" not in card.content
     assert (out / "README.md").read_text() == (out / "merged/README.md").read_text()
 
 

@@ -1,5 +1,6 @@
 """LoKI under other people's machinery: compilers, quantised bases, trainers."""
 
+import importlib
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
+from workbench import announcing
 from workbench.loki import LokiConfig, LokiLayer, folding
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -227,3 +229,57 @@ def test_the_check_of_trainers_can_fail():
     train(model)
     with pytest.raises(AssertionError):
         check_trained(model, before, base_logits)
+
+
+# peft alone
+
+READ = """
+import sys
+first, second, folder = sys.argv[1:]
+__import__(first)
+if first == "workbench":
+    assert not {"peft", "torch"} & set(sys.modules)
+    import importlib.util
+    assert importlib.util.find_spec("peft")  # to look for it is not to import it
+__import__(second)
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+import workbench.announcing
+assert not [one for one in sys.meta_path if type(one).__module__ == "workbench.announcing"]
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder + "/base"), folder + "/adapter")
+print(type(model.base_model).__name__)
+"""
+
+
+@pytest.mark.parametrize("order", [("workbench", "peft"), ("peft", "workbench")], ids=" then ".join)
+def test_import_workbench_lets_peft_read_an_adapter_before_or_after(order, tmp_path):
+    base = tiny()
+    base.save_pretrained(tmp_path / "base")
+    get_peft_model(base, LokiConfig(selection=ROWS)).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    done = subprocess.run(
+        [sys.executable, "-c", READ, *order, str(tmp_path)], capture_output=True, text=True, cwd=HOME, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "LokiModel"
+
+
+def test_a_peft_that_fails_or_comes_half_is_left_alone(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "peft")
+    announcing.announce()
+    waiting = sys.meta_path[0]
+    assert type(waiting).__module__ == "workbench.announcing"
+    (tmp_path / "peft.py").write_text("raise ImportError('broken')\n")
+    importlib.invalidate_caches()
+    with pytest.raises(ImportError, match="broken"):
+        importlib.import_module("peft")
+    assert waiting in sys.meta_path
+    (tmp_path / "peft.py").write_text("from workbench.announcing import announce\nannounce()\nwhole = True\n")
+    monkeypatch.setattr(announcing, "import_module", lambda name: importlib.import_module("no_such_room"))
+    assert importlib.import_module("peft").whole
+    assert waiting not in sys.meta_path
+    assert [one.getMessage() for one in caplog.records] == [
+        "LoKI is not registered with peft: No module named 'no_such_room'"
+    ]
+    monkeypatch.delitem(sys.modules, "peft")

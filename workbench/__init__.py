@@ -1,10 +1,13 @@
 """A workbench for where language models keep what they know, and for teaching them with less damage.
 
 The names below open their rooms when they are first used, so that `import workbench` and `workbench --help` are quick.
+peft reads adapters of LoKI once this package is imported, before or after peft.
 """
 
 from importlib import import_module
 from typing import Any
+
+from workbench.announcing import announce
 
 _ROOMS = {
     "Config": "config",
@@ -63,3 +66,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_ROOMS})
+
+
+announce()

@@ -49,6 +49,8 @@ def card(
         f"- trained prompts answered: {summary['efficacy']:.0%}",
         *(f"- {name}: {figure}" for name, figure in (numbers or {}).items()),
     ]
+    if library == "peft" and kind == "LOKI":
+        lines += ["", "`import workbench`, before or after peft, is what lets peft read it."]
     if command:
         lines += ["", "```sh", command, "```"]
     return "\n".join(["---", head.to_yaml(), "---", *lines, ""])
