@@ -11,11 +11,13 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
+import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.run_folder import NASTY, fabricate_forgetting, fabricate_run
 from workbench import intervals
+from workbench.attribution import by_layer
 from workbench.reporting import findings, publish, report, tables
 from workbench.reporting.page import safe_json
 from workbench.reporting.publishing import find_browser
@@ -112,6 +114,37 @@ def test_recall_counts_by_hand():
     assert table.loc["all", "share"] == pytest.approx(2 / 3)
     assert (table["low"] <= table["share"]).all()
     assert (table["share"] <= table["high"]).all()
+
+
+def test_a_relation_named_all_and_facts_without_one_are_told_from_the_total():
+    known = [True, False, False, True, True, True]
+    frame = pd.DataFrame({"relation": ["all", "all", "all (relation)", "", "(no relation)", "b"], "known": known})
+    table = tables.recall_by_relation(frame)
+    assert table["relation"].is_unique
+    assert set(table["relation"]) > {"all", "all (relation)", "(no relation)", "b"}
+    assert table[table["relation"] == "all"]["known"].tolist() == [4]
+    text = findings.about_recall(table[table["relation"].isin(["all", "all (relation)", "(no relation)"])], frame[:0])
+    assert text[0].startswith("The model answers 4 of 6 facts")
+    assert len(text) == 1  # without a relation is no relation that could be known best
+
+    names = ["", "", "b", "b"]
+    size = np.where(np.eye(4, dtype=bool), np.nan, 0.5)[None]
+    overlap = xr.DataArray(size, dims=("layer", "fact", "other"), coords={"layer": ["mean"], "fact": list("wxyz")})
+    pairs = tables.closest_pairs(overlap.assign_coords(relation=("fact", names)))
+    assert pairs.loc[pairs["same_relation"], ["fact", "other"]].to_numpy().tolist() == [["y", "z"]]
+
+
+def test_scores_of_a_relation_named_all_are_not_the_total(run):
+    stored = open_result(run / "attribution.zarr").load()
+    renamed = stored["relation"].to_series().replace({"capital": "all", "language": ""}).to_numpy(str)
+    table, before = by_layer(stored.assign_coords(relation=("fact", renamed)), draws=20), by_layer(stored, draws=20)
+    of = dict(iter(table.groupby("relation")["mean_abs"]))
+    old = dict(iter(before.groupby("relation")["mean_abs"]))
+    assert {"all", "all (relation)", "(no relation)"} < set(of)
+    assert of["all"].tolist() == old["all"].tolist()
+    assert of["all (relation)"].tolist() == old["capital"].tolist()
+    assert of["(no relation)"].tolist() == old["language"].tolist()
+    assert findings.about_scores(table, None, "nats") == findings.about_scores(before, None, "nats")
 
 
 def test_overlap_is_the_mean_over_layers_without_the_diagonal(run):

@@ -6,20 +6,21 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from workbench.facts import FactSet
+from workbench.facts import FactSet, relation_label
 from workbench.intervals import interval
 
 
 def by_layer(attribution: xr.Dataset, *, draws: int = 1000, seed: int = 0) -> pd.DataFrame:
     """Mean |score| per layer over facts, with 95% bootstrap intervals, for all facts and for every relation.
 
-    Columns layer, relation ("all" for every fact), mean_abs, low, high, n (facts).
+    Columns layer, relation ("all" for every fact; a relation of that name is "all (relation)", facts without one are
+    "(no relation)"), mean_abs, low, high, n (facts).
     """
     per_fact = np.stack([np.abs(attribution["score"][i].values).mean(-1) for i in range(attribution.sizes["fact"])])
     relations = attribution["relation"].values
     frames = []
-    for relation in ["all", *sorted(set(relations))]:
-        values = per_fact if relation == "all" else per_fact[relations == relation]
+    parts = [(relation_label(str(name)), per_fact[relations == name]) for name in sorted(set(relations))]
+    for relation, values in [("all", per_fact), *parts]:
         low, high = interval(values, draws=draws, seed=seed)
         columns = {"layer": attribution["layer"].values, "relation": relation, "mean_abs": values.mean(0)}
         frames.append(pd.DataFrame({**columns, "low": low, "high": high, "n": len(values)}))

@@ -121,3 +121,19 @@ class Fact:
     def text(self) -> str:
         """The prompt and the answer as one text."""
         return self.prompt + self.answer if self.chat else self.join(self.prompt, self.answer)
+
+
+#: What facts without a relation are called in tables and sentences.
+NO_RELATION = "(no relation)"
+
+
+def relation_label(relation: str) -> str:
+    """What a relation is called beside rows for all facts ("all"); two relations never have one label.
+
+    >>> relation_label("capital"), relation_label(""), relation_label("all")
+    ('capital', '(no relation)', 'all (relation)')
+    """
+    bare = relation
+    while bare.endswith(" (relation)"):
+        bare = bare.removesuffix(" (relation)")
+    return f"{relation} (relation)" if bare in ("all", NO_RELATION) else relation or NO_RELATION

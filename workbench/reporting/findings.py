@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from workbench.facts import NO_RELATION
 from workbench.figures import method_name
 from workbench.intervals import wilson
 from workbench.reporting.tables import kept, paired_difference
@@ -23,7 +24,7 @@ def about_recall(table: pd.DataFrame, new: pd.DataFrame) -> list[str]:
     """Say how many facts the model answers, where it knows most and least, and whether the new facts are new."""
     whole = table[table["relation"] == "all"].iloc[0]
     sentences = [f"The model answers {_of(int(whole['known']), int(whole['known'] + whole['unknown']))}."]
-    parts = table[table["relation"] != "all"].sort_values("share", kind="stable")
+    parts = table[~table["relation"].isin(["all", NO_RELATION])].sort_values("share", kind="stable")
     if len(parts) > 1:
         least, most = parts.iloc[0], parts.iloc[-1]
         sentences.append(

@@ -6,13 +6,14 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from workbench.facts import relation_label
 from workbench.intervals import interval, wilson
 from workbench.selection import Selection
 
 
 def recall_by_relation(recall: pd.DataFrame) -> pd.DataFrame:
-    """Count known and unknown facts per relation and over all ("all"), with Wilson intervals of the known share."""
-    groups = [(str(name), rows["known"]) for name, rows in recall.groupby("relation", sort=True)]
+    """Count known and unknown facts per `relation_label` and over all ("all"), with Wilson intervals of the share."""
+    groups = [(relation_label(str(name)), rows["known"]) for name, rows in recall.groupby("relation", sort=True)]
     records = []
     for relation, known in [*groups, ("all", recall["known"])]:
         hits, total = int(known.sum()), len(known)
@@ -43,13 +44,17 @@ def overlap_layers(interference: xr.Dataset, metric: str, most_facts: int = 240,
 
 
 def closest_pairs(overlap: xr.DataArray, top: int = 50) -> pd.DataFrame:
-    """Return the pairs of facts with the largest mean overlap over layers: fact, other, same_relation, overlap."""
+    """Return the pairs of facts with the largest mean overlap over layers: fact, other, same_relation, overlap.
+
+    Two facts without a relation are not of one relation.
+    """
     mean = overlap.sel(layer="mean").values
     first, second = np.triu_indices(len(mean), k=1)
     best = np.lexsort((second, first, -mean[first, second]))[:top]
     ids, relations = overlap["fact"].values, overlap["relation"].values
     one, two = first[best], second[best]
-    columns = {"fact": ids[one], "other": ids[two], "same_relation": relations[one] == relations[two]}
+    same = (relations[one] == relations[two]) & (relations[one] != "")
+    columns = {"fact": ids[one], "other": ids[two], "same_relation": same}
     return pd.DataFrame({**columns, "overlap": mean[one, two]})
 
 
