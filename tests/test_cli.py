@@ -104,6 +104,13 @@ def test_attribute_and_select_equal_the_package(tiny_inputs, tmp_path, monkeypat
     assert json.loads(rows.read_text()) == wb.select(ds, quota=25).positions()
 
 
+def test_attribute_prints_the_unit_that_the_method_fixes(tiny_inputs, tmp_path, monkeypatch, capsys) -> None:
+    model, facts = tiny_inputs
+    command = ["--model", model, "--facts", facts, "--method", "kn", "--steps", "1", "-q"]
+    assert call(monkeypatch, "attribute", *command, "--out", str(tmp_path / "a.zarr")) == 0
+    assert " neurons a layer: " in capsys.readouterr().out
+
+
 def test_drift_and_forgetting_of_a_model_against_itself(tiny_inputs, tmp_path, monkeypatch, capsys) -> None:
     model, facts = tiny_inputs
     out = tmp_path / "drift.parquet"

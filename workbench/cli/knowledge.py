@@ -93,4 +93,5 @@ def attribute_command(
         print(planned(opened, chosen, **options))
         return
     ds = attribute(opened, chosen, **options, progress=not asked.quiet)
-    print(f"{ds.sizes['fact']} facts, {ds.sizes['layer']} layers, {ds.sizes['unit']} {unit}s a layer: {out}")
+    units = f"{ds.sizes['unit']} {ds.attrs['unit']}s a layer"  # a method may fix the unit
+    print(f"{ds.sizes['fact']} facts, {ds.sizes['layer']} layers, {units}: {out}")
