@@ -1,6 +1,7 @@
 """`recall`: readings against plain transformers, one fact at a time, and greedy generation."""
 
 import math
+from inspect import signature
 
 import pytest
 import torch
@@ -58,6 +59,7 @@ def test_text_is_cut_into_pieces_of_stated_size() -> None:
     passages = ["one two three four five six seven eight " * 4, "red blue"]
     chunks = text_chunks(model, passages, max_tokens=30, length=12)
     assert [len(chunk) for chunk in chunks] == [12, 12]  # the last piece of the first passage has 8, 6 are left
+    assert signature(text_chunks).parameters["length"].default == 128  # 1,024 tokens are about a dozen pieces
     assert chunks[0][:3] == [model.tokenizer.convert_tokens_to_ids(word) for word in ("one", "two", "three")]
 
 

@@ -278,11 +278,15 @@ def test_relations_beyond_and_within_the_null_band():
 
 
 def test_perplexity_and_distance_follow_the_sign_of_the_interval():
-    row = {"suite": "general", "metric": "perplexity", "method": "lora", "before": 15.0, "after": 16.0, "change": 1.0}
+    row = {"suite": "general", "metric": "perplexity", "method": "lora", "n": 10, "before": 15.0, "after": 16.0}
     ends = {"worse": (0.5, 1.5), "better": (-1.5, -0.5), "not distinguishable": (-0.5, 1.5)}
     for word, (low, high) in ends.items():
         (sentence,) = findings.about_perplexity(pd.DataFrame([{**row, "low": low, "high": high}]))
         assert word in sentence
+        assert sentence.startswith("Perplexity on 10 pieces of general text went from 15 to 16")
+        (few,) = findings.about_perplexity(pd.DataFrame([{**row, "n": 9, "low": low, "high": high}]))
+        assert few.endswith("fewer than 10 pieces do not tell worse from better.")
+        assert f": {word}" not in few
         (moved,) = findings.about_distance(pd.DataFrame([{**row, "group": "retained", "low": low, "high": high}]))
         assert {"worse": "further away", "better": "closer"}.get(word, "no distinguishable change") in moved
     assert findings.about_perplexity(pd.DataFrame(columns=["metric"])) == []

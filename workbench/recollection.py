@@ -155,11 +155,12 @@ def _finish_greedy(model: HookedModel, facts: Sequence[TokenisedFact], readings:
                 readings[short[row]] = replace(old, greedy=(*old.greedy, token))
 
 
-def text_chunks(model: HookedModel, passages: Sequence[str], *, max_tokens: int, length: int = 256) -> list[list[int]]:
+def text_chunks(model: HookedModel, passages: Sequence[str], *, max_tokens: int, length: int = 128) -> list[list[int]]:
     """Token ids of general text: every passage cut into pieces of at most `length`, `max_tokens` in all.
 
-    A piece begins with BOS where the tokenizer has it so, and fits the model's context; pieces with fewer than 8 tokens
-    are left out. No piece at all is a `ValueError`.
+    Pieces are what intervals resample: 1,024 tokens make about a dozen. A piece begins with BOS where the tokenizer
+    has it so, and fits the model's context; pieces with fewer than 8 tokens are left out. No piece at all is a
+    `ValueError`.
     """
     if max_tokens < 8:
         raise ValueError(f"At least 8 tokens of general text are read, not {max_tokens}.")

@@ -12,6 +12,7 @@ from workbench.intervals import wilson
 from workbench.reporting.tables import kept, paired_difference
 from workbench.reporting.words import listed, number, percent, tenth
 
+ENOUGH_PIECES = 10  # of text; intervals over fewer decide nothing
 UNEQUAL = 0.05  # efficacies that lie further apart than this are said to differ
 SUITE_WORDS = {
     "retained": "other facts that the model knew",
@@ -235,13 +236,19 @@ def versus(forgetting: pd.DataFrame, suite: str) -> list[str]:
 
 
 def about_perplexity(summary: pd.DataFrame) -> list[str]:
-    """Say how perplexity on general text changed per method."""
-    words = []
-    for row in summary[summary["metric"] == "perplexity"].to_dict("records"):
+    """Say how perplexity on general text changed per method, over how many pieces, and no verdict over a few."""
+    rows, words = summary[summary["metric"] == "perplexity"], []
+    if rows.empty:
+        return []
+    pieces = int(rows["n"].min())
+    for row in rows.to_dict("records"):
         verdict = "worse" if row["low"] > 0 else "better" if row["high"] < 0 else "not distinguishable from no change"
+        said = f": {verdict}" if pieces >= ENOUGH_PIECES else ""
         moved = f"{number(row['before'])} to {number(row['after'])}"
-        words.append(f"{moved} with {method_name(row['method'])} (change {_ends(row, sign=True)}: {verdict})")
-    return [f"Perplexity on general text went from {listed(words)}."] if words else []
+        words.append(f"{moved} with {method_name(row['method'])} (change {_ends(row, sign=True)}{said})")
+    few = "" if pieces >= ENOUGH_PIECES else f"; fewer than {ENOUGH_PIECES} pieces do not tell worse from better"
+    over = f"{pieces} piece{'s' if pieces > 1 else ''} of general text"
+    return [f"Perplexity on {over} went from {listed(words)}{few}."]
 
 
 def about_shift(summary: pd.DataFrame) -> list[str]:
