@@ -5,7 +5,7 @@ import pytest
 import torch
 from tiny import FACTS, random_model, tiny, tokenizer
 
-from workbench.forgetting import measure_forgetting, measuring
+from workbench.forgetting import measure_forgetting, measuring, neighbourhood_as_before
 from workbench.intervals import means
 from workbench.models import load_model
 from workbench.recollection import recall, text_chunks
@@ -21,6 +21,16 @@ def test_a_model_against_itself_forgets_nothing(kind: str) -> None:
     frame = measure_forgetting(tiny(kind), tiny(kind), {"retained": FACTS, "general": TEXT})
     assert frame["change"].eq(0).all()
     assert set(frame["metric"]) == {"accuracy", "logprob", "nll", "kl"}
+
+
+def test_the_neighbourhood_is_what_the_model_says_about_other_subjects() -> None:
+    model = tiny("llama")
+    found = neighbourhood_as_before(model, FACTS)
+    assert [fact.prompt for fact in found] == ["the capital of Spain is"]
+    assert recall(model, found)["known"].all()
+    assert found[0].answer != "Madrid"
+    assert found[0].relation == "capital"
+    assert len(neighbourhood_as_before(model, FACTS.filter(ids=["gold", "sky"]))) == 0
 
 
 def test_numbers_equal_plain_transformers() -> None:

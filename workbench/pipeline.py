@@ -16,7 +16,7 @@ import pandas as pd
 from workbench.attribution import attribute, checked_settings
 from workbench.config import Config
 from workbench.facts import FactSet, general_text, load_facts
-from workbench.forgetting import measure_forgetting
+from workbench.forgetting import measure_forgetting, neighbourhood_as_before
 from workbench.interfere import interference
 from workbench.loki import BASELINES, METHODS, adapter_for, check_method
 from workbench.models import HookedModel, load_model
@@ -257,33 +257,15 @@ class _Way:
         suites: dict[str, Any] = {
             "efficacy": self.implanted,
             "paraphrase": held_out_prompts(self.implanted, shown),
-            "neighbourhood": self._neighbourhood(),
+            "neighbourhood": neighbourhood_as_before(self.model, self.implanted),
             "retained": self.read,
             "general": self.general,
         }
-        suites = {name: suite for name, suite in suites.items() if suite is not None and len(suite)}
+        suites = {name: suite for name, suite in suites.items() if len(suite)}
         frame = measure_forgetting(
             self.model, self.trained, suites, max_tokens=self.config.evaluation.general_tokens, progress=self.progress
         )
         save_frame(frame, self.folder.file("forgetting.parquet"))
-
-    def _neighbourhood(self) -> FactSet | None:
-        """Prompts of the taught relations about other subjects, with what the base model says as their answer."""
-        taught = {fact.prompt for fact in self.implanted}
-        if all(one.prompt in taught for fact in self.implanted for one in fact.neighbours):
-            return None
-        others = self.implanted.neighbourhood().filter(where=lambda fact: fact.prompt not in taught)
-        said = recall(self.model, others)["predicted"].str.strip()
-        records = [
-            record | {"answer": said[record["id"]], "answer_in_prompt": True}
-            for record in others.to_records()
-            if said[record["id"]]
-        ]
-        if not records:
-            return None
-        facts = FactSet.from_records(records, name=f"{others.name}:as-before")
-        again = recall(self.model, facts)["known"]
-        return facts.filter(where=lambda fact: bool(again[fact.id]))
 
     def _check_selection(self) -> None:
         """Raise if the quota or the layers do not fit the model, which is known only when it is open."""

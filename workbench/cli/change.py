@@ -38,19 +38,28 @@ def forgetting_command(
 ) -> None:
     """Compare what two models answer (facts, tasks) and how well they predict plain prose (perplexity, KL).
 
-    Prints the means with 95% intervals, answers lost and gained with McNemar's exact p (q: corrected for their number),
-    and LoKI's average loss over the tasks. Without --tasks the shipped tasks are read where lm-eval is installed.
-    --limit goes for the items of each task too. --out keeps the score of every single fact, text and item.
+    Where the facts have them, their paraphrases are read too, and their neighbourhood: prompts of the same relation
+    about other subjects, with what the first model says as their answer. Prints the means with 95% intervals, answers
+    lost and gained with McNemar's exact p (q: corrected for their number), and LoKI's average loss over the tasks.
+    Without --tasks the shipped tasks are read where lm-eval is installed. --limit goes for the items of each task too.
+    --out keeps the score of every single fact, text and item.
     """
     check_table(out, facts)
     from workbench.facts import general_text
-    from workbench.forgetting import find_tasks, measure_forgetting, paired
+    from workbench.forgetting import find_tasks, measure_forgetting, neighbourhood_as_before, paired
+    from workbench.training import held_out_prompts
 
     options: dict[str, Any] = {"tasks": _tasks(tasks), "limit": asked.sample, "max_tokens": max_tokens}
     if options["tasks"]:
         find_tasks(options["tasks"])
     first, second, chosen = two_models_and_facts(before, after, facts, asked)
-    suites: dict[str, Any] = {"facts": chosen, "general": general_text()}
+    suites: dict[str, Any] = {
+        "facts": chosen,
+        "paraphrase": held_out_prompts(chosen, 0),
+        "neighbourhood": neighbourhood_as_before(first, chosen),
+        "general": general_text(),
+    }
+    suites = {name: suite for name, suite in suites.items() if len(suite)}
     frame = measure_forgetting(first, second, suites, **options, progress=not asked.quiet)
     table = paired(frame, seed=asked.seed)
     show(table.drop(columns=["before_low", "before_high", "after_low", "after_high", "draws", "seed"]))

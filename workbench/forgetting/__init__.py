@@ -1,5 +1,6 @@
 """What a model lost: before against after on facts, texts and benchmarks, paired; the only door to lm-eval."""
 
+from workbench.forgetting.around import neighbourhood_as_before
 from workbench.forgetting.comparing import ANSWERED, loki_average, mcnemar, paired
 from workbench.forgetting.harness import benchmark, find_tasks, lm_eval_installed
 from workbench.forgetting.measuring import measure_forgetting
@@ -14,5 +15,6 @@ __all__ = [
     "loki_average",
     "mcnemar",
     "measure_forgetting",
+    "neighbourhood_as_before",
     "paired",
 ]
