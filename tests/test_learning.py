@@ -4,6 +4,7 @@ import copy
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import xarray as xr
@@ -12,7 +13,7 @@ from tiny import FACTS, random_model, tiny, tokenizer
 from workbench.intervals import jackknifed
 from workbench.learning import averages, behaviour, effective_rank, harm, learner, learnt, natural_rate
 from workbench.learning.learner import gradients, unlocked
-from workbench.learning.together import Read, _per_fact, _without_each, suppression
+from workbench.learning.together import Read, _per_fact, _per_layer, _without_each, suppression
 from workbench.models import HookedModel, load_model
 from workbench.results import open_result, save_result, validate_harm
 from workbench.selection import Selection
@@ -294,8 +295,8 @@ def test_behaviour_equals_its_definitions_on_plain_models(kind: str) -> None:
     moved = torch.stack(moves)  # fact, way, layer, d_model
     for layer in range(2):
         alone, together = moved[:, 0, layer], moved[:, 1, layer]
-        expected = [float(1 - together[i] @ alone[i] / (alone[i] @ alone[i])) for i in range(4)]
-        assert per_layer["suppression"][layer] == pytest.approx(np.mean(expected), abs=10 * GAP[kind])
+        expected = float(1 - sum(together[i] @ alone[i] for i in range(4)) / sum(alone[i] @ alone[i] for i in range(4)))
+        assert per_layer["suppression"][layer] == pytest.approx(expected, abs=10 * GAP[kind])
         for name, rows in (("rank_alone", alone), ("rank_joint", together)):
             size = torch.linalg.svdvals(rows)
             share = size / size.sum()
@@ -328,6 +329,25 @@ def test_suppression_and_expression_by_hand() -> None:
     assert frame["expression"].tolist()[0] == 0.5  # half of what is said alone is still said
     assert np.isnan(frame["expression"][1])  # alone, nothing was learnt
     assert frame["interference"].tolist() == [-1.0, -1.0]
+
+
+def test_a_fact_that_was_known_before_does_not_decide_the_averages() -> None:
+    frame = pd.DataFrame(
+        {"interference": [1.0, 1.0, 4.0], "margin_before": [0.0, 0.0, 5.0], "margin_alone": [2.0, 2.0, 5.001],
+         "margin_joint": [1.0, 2.0, 3.0], "suppression": [0.5, 0.25, np.nan], "moved": [1.0, 3.0, 0.0]}
+    )  # fmt: skip
+    table = averages(frame).set_index("metric")
+    assert table.loc["interference", "mean"] == 2.0
+    assert table.loc["expression", "mean"] == pytest.approx((1 + 2 - 2) / 4.001)
+    assert table.loc["suppression", "mean"] == pytest.approx((0.5 + 0.75) / 4)
+    assert table.loc["suppression", ["low", "high"]].tolist() == pytest.approx([0.25, 0.5])
+    assert table["n"].eq(3).all()
+    alone, joint = torch.rand(2, 1, 3, 4, dtype=torch.float64) + 1
+    alone[:, 1] = 0  # a fact that did not move, which says nothing, is no reason to say nothing of the layer
+    layer = _per_layer(alone, joint).iloc[0]
+    expected = 1 - (joint[0] * alone[0]).sum() / (alone[0] ** 2).sum()
+    assert layer["suppression"] == pytest.approx(expected.item())
+    assert layer["low"] <= layer["suppression"] <= layer["high"]
 
 
 def test_effective_rank_counts_directions() -> None:

@@ -72,6 +72,25 @@ def jackknifed(
     return float(low), float(high)
 
 
+def ratio_of_sums(
+    top: Num[np.ndarray, " fact"], bottom: Num[np.ndarray, " fact"], *, draws: int = DRAWS, seed: int = SEED
+) -> tuple[float, float, float]:
+    """`sum(top) / sum(bottom)` over facts with its 95% percentile bootstrap interval; missing where the sum is 0.
+
+    Unlike the mean of the ratios it is not decided by a fact whose `bottom` is next to nothing.
+
+    >>> ratio_of_sums(np.array([1.0, 1.0]), np.array([2.0, 2.0]))
+    (0.5, 0.5, 0.5)
+    """
+    both = np.stack([top, bottom], axis=1).astype(np.float64)
+    sums = np.vstack([both.mean(0), bootstrap(both, draws=draws, seed=seed)])
+    value, *drawn = np.divide(sums[:, 0], sums[:, 1], out=np.full(len(sums), np.nan), where=sums[:, 1] != 0)
+    if np.isnan(value):
+        return np.nan, np.nan, np.nan
+    low, high = np.nanpercentile(drawn, [2.5, 97.5])
+    return float(value), float(low), float(high)
+
+
 def means(frame: pd.DataFrame, *, draws: int = DRAWS, seed: int = SEED) -> pd.DataFrame:
     """Weighted means per (method,) suite and metric, with paired bootstrap 95% intervals of the change.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from workbench.facts import FactSet, TokenisedFact
-from workbench.intervals import interval, jackknifed
+from workbench.intervals import interval, jackknifed, ratio_of_sums
 from workbench.learning.learner import STEPS, check_learning, learnt, natural_rate
 from workbench.models import HookedModel, pad_batch
 from workbench.recollection import read_facts
@@ -49,10 +49,12 @@ def behaviour(
 
     Returns:
         A frame per fact (fact, relation, logprob_before, logprob_alone, logprob_joint, interference, margin_before,
-        margin_alone, margin_joint, expression, suppression: the mean over layers) and one per layer (layer,
-        suppression, low, high: mean and 95% interval over facts; rank_alone, rank_joint, rank_change, rank_low,
-        rank_high: interval of the change, from the jackknife over facts). NaN where learning alone moved nothing, as
-        below the first layer that learns. `averages` sums up the first frame. The model stays as it was, to the bit.
+        margin_alone, margin_joint, expression, suppression: the mean over layers, moved: the mean over layers of |f|^2)
+        and one per layer (layer, suppression, low, high: 1 - sum <h(joint) - h0, f> / sum |f|^2 over facts, so that
+        what hardly moved counts for little, and its 95% interval over facts; rank_alone, rank_joint, rank_change,
+        rank_low, rank_high: interval of the change, from the jackknife over facts). NaN where learning alone moved
+        nothing, as below the first layer that learns. `averages` sums up the first frame. The model stays as it was,
+        to the bit.
 
     Raises:
         ValueError: settings that do not fit, or a rate at which losses have no end.
@@ -76,22 +78,32 @@ def behaviour(
     )
     moved_alone, moved_joint = alone.hidden - before.hidden, joint.hidden - before.hidden
     suppressed = suppression(moved_alone, moved_joint)
-    per_fact = _per_fact(facts, before, alone, joint, suppressed)
-    per_layer = _per_layer(suppressed, moved_alone, moved_joint)
+    moved = torch.einsum("lfd,lfd->lf", moved_alone, moved_alone).mean(0).numpy()
+    per_fact = _per_fact(facts, before, alone, joint, suppressed).assign(moved=moved)
+    per_layer = _per_layer(moved_alone, moved_joint)
     for frame in (per_fact, per_layer):
         frame.attrs |= {"steps": steps, "rate": used}
     return per_fact, per_layer
 
 
 def averages(per_fact: pd.DataFrame) -> pd.DataFrame:
-    """Means over facts of interference, expression and suppression, with 95% intervals: metric, n, mean, low, high."""
-    rows = []
-    for metric in ("interference", "expression", "suppression"):
-        values = per_fact[metric].dropna().to_numpy(np.float64)
-        ends = interval(values) if len(values) else (np.nan, np.nan)
-        mean = values.mean() if len(values) else np.nan
-        rows.append((metric, len(values), mean, float(ends[0]), float(ends[1])))
-    return pd.DataFrame(rows, columns=["metric", "n", "mean", "low", "high"])
+    """Interference, expression and suppression of all facts, with 95% intervals over facts: metric, n, mean, low, high.
+
+    Interference is a mean. The other two are ratios, whose mean a fact that was known before could decide by itself, so
+    they are ratios of sums: expression `sum(margin_joint - margin_0) / sum(margin_alone - margin_0)`, where a fact
+    counts by what learning it alone gained; suppression the mean over facts weighted by `moved`, how far that went.
+    """
+    gained, moved = (per_fact[f"margin_{name}"] - per_fact["margin_before"] for name in ("alone", "joint"))
+    values = per_fact["interference"].to_numpy(np.float64)
+    weights = per_fact["moved"].to_numpy(np.float64)
+    low, high = interval(values)
+    rows = {
+        "interference": (values.mean(), float(low), float(high)),
+        "expression": ratio_of_sums(moved.to_numpy(), gained.to_numpy()),
+        "suppression": ratio_of_sums(weights * per_fact["suppression"].fillna(0).to_numpy(), weights),
+    }
+    found = [(metric, len(per_fact), *ends) for metric, ends in rows.items()]
+    return pd.DataFrame(found, columns=["metric", "n", "mean", "low", "high"])
 
 
 def suppression(
@@ -159,20 +171,16 @@ def _per_fact(
     )
 
 
-def _per_layer(
-    suppressed: Float[np.ndarray, "layer fact"],
-    alone: Float[Tensor, "layer fact d_model"],
-    joint: Float[Tensor, "layer fact d_model"],
-) -> pd.DataFrame:
+def _per_layer(alone: Float[Tensor, "layer fact d_model"], joint: Float[Tensor, "layer fact d_model"]) -> pd.DataFrame:
     rows = []
-    for layer, values in enumerate(suppressed):
-        ends: tuple[Any, Any] = (np.nan, np.nan)
-        if np.isfinite(values).all():
-            ends = interval(values)
+    square = torch.einsum("lfd,lfd->lf", alone, alone).numpy()
+    along = torch.einsum("lfd,lfd->lf", joint, alone).numpy()
+    for layer in range(len(square)):
+        value, *ends = ratio_of_sums(square[layer] - along[layer], square[layer])
         ranks = [effective_rank(moved[layer]).item() for moved in (alone, joint)]
         change = ranks[1] - ranks[0]
         low, high = jackknifed(change, _without_each(joint[layer]) - _without_each(alone[layer]))
-        rows.append((layer, values.mean(), float(ends[0]), float(ends[1]), *ranks, change, low, high))
+        rows.append((layer, value, *ends, *ranks, change, low, high))
     names = ["layer", "suppression", "low", "high", "rank_alone", "rank_joint", "rank_change", "rank_low", "rank_high"]
     return pd.DataFrame(rows, columns=names)
 
