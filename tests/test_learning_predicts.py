@@ -95,6 +95,9 @@ def test_a_planted_measure_is_found_with_its_layer_and_sign_and_an_idle_one_is_n
     nothing = verdict(frame.drop(index="good", level="measure").reset_index())
     assert nothing.startswith("None of the measures predicts the harm")
     assert "idle" in nothing
+    assert nothing.endswith("after correction: that is not below 0.05 and the interval is not above 0.")
+    wide = frame.drop(index="idle", level="measure").reset_index().assign(low=-0.1)
+    assert verdict(wide).endswith("after correction: the interval is not above 0.")
     pd.testing.assert_frame_equal(frame, predicts(interference, harm, permutations=199).set_index(["measure", "kind"]))
 
 

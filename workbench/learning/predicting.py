@@ -122,9 +122,12 @@ def verdict(frame: pd.DataFrame, *, level: float = 0.05) -> str:
     best = rows.loc[rows["rho"].idxmax()]
     good = rows[(rows["q_value"] < level) & (rows["low"] > 0)]
     if good.empty:
+        failed = [] if best["q_value"] < level else [f"that is not below {level:g}"]
+        failed += [] if best["low"] > 0 else ["the interval is not above 0"]
         return (
             f"None of the measures predicts the harm on facts they were not chosen by: the best, {_named(best)}, has a "
-            f"rank correlation of {_with_interval(best)}, p = {best['q_value']:.2g} after correction."
+            f"rank correlation of {_with_interval(best)}, p = {best['q_value']:.2g} after correction: "
+            f"{' and '.join(failed)}."
         )
     best = good.loc[good["rho"].idxmax()]
     direction = "more" if best["sign"] > 0 else "less"
