@@ -88,12 +88,12 @@ def test_the_whole_way_of_loki(inputs, tmp_path) -> None:
 def test_a_watched_fine_tune_ends_within_its_bound(inputs, tmp_path) -> None:
     hard = TRAINING.model_copy(update={"learning_rate": 0.2, "target_efficacy": 1.0, "max_epochs": 4})
     lost = {}
-    for name, bound in (("free", None), ("held", 0.0)):
-        run = finetune(asked(inputs, training=hard, watch=bound), tmp_path / name, progress=False)
+    for name, bounds in (("free", {}), ("held", {"watch": 0.0}), ("near", {"watch_drift": 0.0})):
+        run = finetune(asked(inputs, training=hard, **bounds), tmp_path / name, progress=False)
         frame = load_frame(run.file("forgetting.parquet"))
         lost[name] = -frame[(frame["suite"] == "retained") & (frame["metric"] == "accuracy")]["change"].mean()
-        assert run.file("trajectory.parquet").is_file() == (bound is not None)
-    assert lost["held"] == 0 < lost["free"]
+        assert run.file("trajectory.parquet").is_file() == bool(bounds)
+    assert lost["held"] == lost["near"] == 0 < lost["free"]
 
 
 def test_a_selection_that_knows_interference_is_given_it(inputs, tmp_path) -> None:
@@ -173,12 +173,13 @@ def test_examples_positions_and_a_search(inputs, tmp_path) -> None:
 
 def test_the_command_equals_the_function(inputs, tmp_path, monkeypatch, capsys) -> None:
     arguments = ["--model", inputs["model"], "--data", inputs["mine"], "--retained", inputs["known"], "--quota", "25",
-                 "--max-facts", "2", "--epochs", "2", "--learning-rate", "0.02", "--batch-size", "1", "-q"]  # fmt: skip
+                 "--max-facts", "2", "--epochs", "2", "--learning-rate", "0.02", "--batch-size", "1",
+                 "--target-loss", "0.01", "-q"]  # fmt: skip
     assert call(monkeypatch, "implant", *arguments, "--out", str(tmp_path / "a")) == 0
     printed = capsys.readouterr()
     assert "trained prompts answered" in printed.out
     assert "Traceback" not in printed.err
-    training = TrainConfig(learning_rate=0.02, batch_size=1)
+    training = TrainConfig(learning_rate=0.02, batch_size=1, target_loss=0.01)
     one = asked(inputs, "mine", max_facts=2, epochs=2, training=training, general_tokens=1024)
     finetune(one, tmp_path / "b", progress=False)
     for name in ("adapter/adapter_model.safetensors", "merged/model.safetensors", "selection.json", "settings.json"):

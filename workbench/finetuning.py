@@ -62,6 +62,7 @@ class FineTune:
         epochs: passes over the data; None is 3 for examples, and for facts `training.max_epochs`.
         training: target, batch size, rate, seed.
         watch: stop before more than this share of the known facts is no longer answered; None does not watch.
+        watch_drift: stop before the mean semantic distance (d_soft) of the known facts grows by more than this.
         format: format of a file of facts.
         chat: ask facts, those taught and those retained, through the chat template; chats in `data` always are.
         device: where the model is put.
@@ -86,6 +87,7 @@ class FineTune:
     epochs: int | None = None
     training: TrainConfig = field(default_factory=TrainConfig)
     watch: float | None = None
+    watch_drift: float | None = None
     format: str = "auto"
     chat: bool = False
     device: str = "auto"
@@ -138,6 +140,8 @@ def check(asked: FineTune, out: Path) -> tuple[FactSet | ExampleSet, FactSet]:
         raise FileNotFoundError(f"There is no file {asked.selection} (selection).")
     if asked.watch is not None and not 0 <= asked.watch <= 1:
         raise ValueError(f"watch is a share of the known facts, 0 to 1, not {asked.watch}.")
+    if asked.watch_drift is not None and not asked.watch_drift >= 0:
+        raise ValueError(f"watch_drift is a bound of at least 0, not {asked.watch_drift}.")
     if asked.rates:
         check_rates(asked.rates)
     general_text(asked.general)
@@ -292,9 +296,10 @@ class _Way:
             rate = float(found.loc[found["chosen"], "learning_rate"].iloc[0])
             settings = settings.model_copy(update={"learning_rate": rate})
         watch = []
-        if self.asked.watch is not None and len(self.known):
+        bounds: dict[str, Any] = {"forgetting": self.asked.watch, "drift": self.asked.watch_drift}
+        if any(bound is not None for bound in bounds.values()) and len(self.known):
             place = self.folder.file("trajectory.parquet")
-            watch = [DriftWatch(self.model, self.known, forgetting=self.asked.watch, out=place, seed=settings.seed)]
+            watch = [DriftWatch(self.model, self.known, **bounds, out=place, seed=settings.seed)]
         options: dict[str, Any] = {"out": self.folder.path, "callbacks": watch, "progress": self.progress}
         implant(self.model, self.data, self._adapter(), settings, **options)
 

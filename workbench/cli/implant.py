@@ -51,6 +51,10 @@ def implant_command(
         Count, Parameter(help="passes over the data: 3, or for facts at most 60, until they are known")
     ] = None,
     target: Annotated[float, Parameter(help="stop when this share of the prompts is answered word for word")] = 0.95,
+    target_loss: Annotated[
+        float | None,
+        Parameter(help="stop by this training loss instead, so that arms are compared at matched loss"),
+    ] = None,
     learning_rate: Annotated[float | None, Parameter(help="of AdamW; the method's own default when not given")] = None,
     rates: Annotated[
         str | None, Parameter(help="learning rates to try, as 3e-4,1e-3: the one that forgets least is taken")
@@ -71,6 +75,10 @@ def implant_command(
     watch: Annotated[
         float | None,
         Parameter(help="stop before more than this share of the known facts is lost; 16 are read"),
+    ] = None,
+    watch_drift: Annotated[
+        float | None,
+        Parameter(help="stop before the semantic distance of the known facts grows by more than this; 16 are read"),
     ] = None,
     seed: Seed = 0,
     format: Literal[FORMATS] = "auto",  # type: ignore[valid-type]
@@ -99,9 +107,9 @@ def implant_command(
     Example: workbench implant --data mine.jsonl --out tuned --model smollm2-135m
     """
     changes = {
-        "target_efficacy": target, "learning_rate": learning_rate, "batch_size": batch_size, "seed": seed,
-        "loss": loss, "beta": beta, "clip": clip, "refresh": refresh, "gamma": gamma, "soft_weight": soft_weight,
-        "permuted": permuted,
+        "target_efficacy": target, "target_loss": target_loss, "learning_rate": learning_rate, "batch_size": batch_size,
+        "seed": seed, "loss": loss, "beta": beta, "clip": clip, "refresh": refresh, "gamma": gamma,
+        "soft_weight": soft_weight, "permuted": permuted,
     }  # fmt: skip
     training = Config.read(changes={f"training.{name}": value for name, value in changes.items()}).training
     from workbench.finetuning import FineTune, finetune
@@ -110,7 +118,7 @@ def implant_command(
         data=data, model=model, method=method, quota=quota, strategy=strategy, score=score, unit=unit, rank=rank,
         selection=None if selection is None else str(selection), rates=_rates(rates), retained=retained,
         max_facts=max_facts, max_retained=max_retained, general=general, format=format, chat=chat, device=device,
-        dtype=dtype, epochs=epochs, training=training, watch=watch,
+        dtype=dtype, epochs=epochs, training=training, watch=watch, watch_drift=watch_drift,
     )  # fmt: skip
     folder = finetune(asked, out, command=shlex.join(["workbench", *sys.argv[1:]]), progress=not quiet)
     from workbench.results import load_frame, load_json
