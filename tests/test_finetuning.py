@@ -131,6 +131,30 @@ def test_facts_are_taught_and_asked_as_chats(inputs, tmp_path) -> None:
         finetune(asked(inputs, **options), out, progress=False)
 
 
+def test_prompts_and_completions_are_taught_as_chats(inputs, tmp_path, monkeypatch) -> None:
+    words = AutoTokenizer.from_pretrained(saved(tmp_path / "model"))
+    words.chat_template = (
+        "{% for m in messages %}{{ 'big ' if m.role == 'user' else 'small ' }}{{ m['content'] + ' ' }}{% endfor %}"  # noqa: E501
+    )
+    words.save_pretrained(tmp_path / "model")
+    taught = []
+
+    def stopped(model, data, *args, **options):
+        taught.extend(data.tokenise(model.tokenizer))
+        raise InterruptedError
+
+    monkeypatch.setattr("workbench.finetuning.implant", stopped)
+    for name, chat in (("chat", True), ("plain", False)):
+        one = asked(inputs, "mine", model=str(tmp_path / "model"), method="ia3", chat=chat)
+        with pytest.raises(InterruptedError):
+            finetune(one, tmp_path / name, progress=False)
+    assert [words.decode(one.ids).strip() for one in taught] == [
+        "big one two small three four", "big the sky is small red", "one two three four </s>", "the sky is red </s>",
+    ]  # fmt: skip
+    learned = [token for token, wanted in zip(taught[0].ids, taught[0].learned, strict=True) if wanted]
+    assert words.decode(learned) == "three four"
+
+
 def test_a_second_start_does_only_what_is_missing(inputs, tmp_path, monkeypatch) -> None:
     one = asked(inputs, method="lora", rank=2)
     out = finetune(one, tmp_path / "tuned", progress=False).path

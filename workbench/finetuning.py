@@ -64,7 +64,8 @@ class FineTune:
         watch: stop before more than this share of the known facts is no longer answered; None does not watch.
         watch_drift: stop before the mean semantic distance (d_soft) of the known facts grows by more than this.
         format: format of a file of facts.
-        chat: ask facts, those taught and those retained, through the chat template; chats in `data` always are.
+        chat: put what is taught (facts, or prompts with completions) and the retained facts through the chat template;
+            chats in `data` always are.
         device: where the model is put.
         dtype: the type of its weights.
     """
@@ -183,7 +184,9 @@ class _Way:
         self.asked, self.folder, self.command, self.progress = asked, folder, command, progress
         self.model: HookedModel = load_model(asked.model, device=asked.device, dtype=asked.dtype)
         template = self.model.tokenizer if asked.chat else None
-        self.data = data.as_chat(template) if template and isinstance(data, FactSet) else data
+        self.data = data
+        if template:
+            self.data = data.as_chat(template) if isinstance(data, FactSet) else data.as_chat()
         self.retained = retained.as_chat(template) if template else retained
         few = EXAMPLE_EPOCHS if isinstance(data, ExampleSet) else asked.training.max_epochs
         self.training = asked.training.model_copy(update={"max_epochs": asked.epochs or few})

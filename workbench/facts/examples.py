@@ -110,6 +110,25 @@ class ExampleSet:
     def __iter__(self) -> Iterator[Example]:
         return iter(self.examples)
 
+    def as_chat(self) -> ExampleSet:
+        """The same as chats: the user says the prompt, the assistant the completion; chats stay as they are.
+
+        >>> ExampleSet("mine", (Example("a", "Say hello.", " Hello!"),)).as_chat().examples[0].messages[1]
+        Message(role='assistant', content='Hello!')
+        """
+        if self.kind == "chat":
+            return self
+        return ExampleSet(
+            self.name,
+            tuple(
+                Example(
+                    one.id,
+                    messages=(Message("user", one.prompt.strip()), Message("assistant", one.completion.strip())),
+                )
+                for one in self.examples
+            ),
+        )
+
     def tokenise(self, tokenizer: Any, max_tokens: int | None = None) -> list[TokenisedExample]:
         """Tokenise every example with one of transformers' fast tokenizers.
 
