@@ -273,6 +273,14 @@ def test_relations_beyond_and_within_the_null_band():
     assert "layer 1: −0.2" in beyond[1]
     (inside,) = findings.about_relations(table.assign(difference=[0.01, 0.02]))
     assert inside.startswith("In none of 2 layers")
+    corrected = findings.about_relations(table.assign(difference=[0.1, -0.2], q_value=[0.04, 0.06]), 31)
+    assert "share units more in 1 of 2 layers" in corrected[0]
+    assert "false discovery rate of 5%" in corrected[0]
+    assert corrected[-1] == "This rests on 31 pairs of facts of one relation."
+    related = xr.Dataset(coords={"relation": ("fact", ["a", "a", "a", "b", "b", "", ""])})
+    assert tables.related_pairs(related) == 4
+    recall = pd.DataFrame({"known": [True, True, False]}, index=["a", "b", "c"])
+    assert findings.about_attributed(["b", "c"], recall) == ["1 of 2 known facts were attributed."]
     (few,) = findings.about_relations(table.assign(difference=np.nan))
     assert few.startswith("There are too few facts")
 

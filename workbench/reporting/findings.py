@@ -1,6 +1,6 @@
 """Plain sentences that say what was found: they follow the numbers, whichever way they fall."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from workbench.reporting.tables import kept, paired_difference
 from workbench.reporting.words import listed, number, percent, tenth
 
 ENOUGH_PIECES = 10  # of text; intervals over fewer decide nothing
+RATE = 0.05  # false discoveries among the layers that are called
 UNEQUAL = 0.05  # efficacies that lie further apart than this are said to differ
 SUITE_WORDS = {
     "retained": "other facts that the model knew",
@@ -58,6 +59,14 @@ def about_scores(table: pd.DataFrame, gap: np.ndarray | None, unit: str) -> list
     return sentences
 
 
+def about_attributed(ids: Collection[str], recall: pd.DataFrame) -> list[str]:
+    """Say how many of the known facts were attributed, where the recall of the run tells."""
+    if recall.empty:
+        return []
+    known = recall.index[recall["known"]]
+    return [f"{number(known.isin(list(ids)).sum())} of {number(len(known))} known facts were attributed."]
+
+
 def about_strongest(table: pd.DataFrame, kind: str) -> list[str]:
     """Say which unit is most often the strongest, and how concentrated the first places are over layers."""
     first = table[table["rank"] == table["rank"].min()]
@@ -87,26 +96,38 @@ def about_pairs(pairs: pd.DataFrame) -> list[str]:
     ]
 
 
-def about_relations(table: pd.DataFrame) -> list[str]:
-    """Say in how many layers facts of one relation overlap more, or less, than shuffled relations allow."""
+def about_relations(table: pd.DataFrame, pairs: int | None = None) -> list[str]:
+    """Say in how many layers facts of one relation overlap more, or less, than shuffled relations allow.
+
+    Layers are judged by their `q_value` where the table has it, else by the band; `pairs` are those of one relation.
+    """
     rows = table.dropna(subset=["difference", "null_low", "null_high"])
     if rows.empty:
         return ["There are too few facts per relation to compare overlaps within and across relations."]
-    above = int((rows["difference"] > rows["null_high"]).sum())
-    below = int((rows["difference"] < rows["null_low"]).sum())
+    if "q_value" in rows and rows["q_value"].notna().all():
+        called, up = rows["q_value"] <= RATE, rows["difference"] > 0
+        above, below = int((called & up).sum()), int((called & ~up).sum())
+        by = f"at a false discovery rate of {percent(RATE)} over layers (Benjamini-Hochberg, shuffled relations)"
+    else:
+        above = int((rows["difference"] > rows["null_high"]).sum())
+        below = int((rows["difference"] < rows["null_low"]).sum())
+        by = "beyond the 95% band of shuffled relations (each layer for itself, not corrected for the number of layers)"
     total = len(rows)
+    rests = [] if pairs is None else [f"This rests on {number(pairs)} pairs of facts of one relation."]
     if above == below == 0:
         return [
-            f"In none of {total} layers do facts of one relation overlap more or less than with shuffled relations."
+            f"In none of {total} layers do facts of one relation overlap more or less than with shuffled relations.",
+            *rests,
         ]
     words = [f"more in {above}"] if above else []
     words += [f"less in {below}"] if below else []
     peak = rows.loc[rows["difference"].abs().idxmax()]
     return [
         f"Facts of one relation share units {listed(words)} of {total} layers than facts of different relations do, "
-        "beyond the 95% band of shuffled relations (each layer for itself, not corrected for the number of layers).",
+        f"{by}.",
         f"The difference is largest in layer {peak['layer']:.0f}: {number(peak['difference'], sign=True)} "
         f"({number(peak['within'])} within, {number(peak['across'])} across).",
+        *rests,
     ]
 
 

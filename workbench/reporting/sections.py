@@ -82,6 +82,7 @@ def _scores(run: Artefacts) -> Section:
     table, unit = by_layer(run.attribution, draws=DRAWS, seed=SEED), _score_unit(run)
     gap = run.attribution["gap"].values if "gap" in run.attribution else None
     text = findings.about_scores(table, gap, unit)
+    text += findings.about_attributed(run.attribution["fact"].values.astype(str).tolist(), run.recall)
     relations = list(table["relation"].unique())
     drawn = [_json(figures.score_by_layer(table, relation, unit)) for relation in relations]
     names = ["all relations" if name == "all" else name for name in relations]
@@ -134,7 +135,7 @@ def _overlap(run: Artefacts) -> Section:
 
 def _relations(run: Artefacts) -> Section:
     table = tables.within_across(run.interference, _metric(run))
-    text = findings.about_relations(table)
+    text = findings.about_relations(table, tables.related_pairs(run.interference))
     drawn = _json(figures.within_across(table))
     panel = Panel("relations", "Overlap within and across relations, per layer", drawn, text)
     about = "If facts of one kind share units, pairs of one relation overlap more than pairs of two relations."

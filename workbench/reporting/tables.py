@@ -59,11 +59,17 @@ def closest_pairs(overlap: xr.DataArray, top: int = 50) -> pd.DataFrame:
 
 
 def within_across(interference: xr.Dataset, metric: str) -> pd.DataFrame:
-    """Return per layer the overlap within and across relations, the difference, its null band and p-value."""
-    names = ["within", "across", "difference", "null_low", "null_high", "p_value"]
+    """Return per layer the overlap within and across relations, the difference, its null band, p- and q-value."""
+    names = ["within", "across", "difference", "null_low", "null_high", "p_value", "q_value"]
     chosen = interference[[name for name in names if name in interference]].sel(metric=metric, drop=True)
     frame = chosen.to_dataframe().reset_index()
     return frame[["layer", *(name for name in names if name in frame)]]
+
+
+def related_pairs(interference: xr.Dataset) -> int:
+    """Return how many pairs of facts are of one relation; facts without one are of none."""
+    counts = pd.Series(interference["relation"].values.astype(str)).value_counts().drop("", errors="ignore")
+    return int((counts * (counts - 1) // 2).sum())
 
 
 def load_and_selection(load: xr.DataArray, selections: Mapping[str, Selection]) -> pd.DataFrame:
