@@ -19,6 +19,7 @@ from workbench.attribution import (
     scoring,
     strongest,
 )
+from workbench.attribution.settings import _checked_steps
 from workbench.engine import Room
 from workbench.facts import FactSet
 from workbench.metrics import OBJECTIVES, logprob
@@ -260,7 +261,7 @@ def test_padding_changes_nothing_when_every_position_moves(kind: str, method: st
     [
         ({"method": "magic"}, "method must be one of ig, grad_x_act"),
         ({"unit": "head"}, "unit must be"),
-        ({"steps": 0}, "steps must be at least 1"),
+        ({"steps": 0}, "steps must be a whole number of at least 1, not 0"),
         ({"rule": "simpson"}, "rule must be one of"),
         ({"rule": "trapezoid", "steps": 1}, "at least 2 steps"),
         ({"objective": "loss"}, "objective must be one of"),
@@ -383,3 +384,9 @@ def test_what_will_not_fit_on_the_disk_is_refused_before_the_first_pass(tmp_path
     with pytest.raises(ValueError, match=r"The scores take 3\.17e-06 GB, and 1e-06 GB are free where .*a\.zarr"):
         run(tiny("llama"), out=tmp_path / "a.zarr")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("steps", [1.5, "a"])
+def test_steps_that_are_no_whole_number_are_one_sentence(steps) -> None:
+    with pytest.raises(ValueError, match="steps must be a whole number of at least 1"):
+        _checked_steps("ig", steps, "midpoint")

@@ -134,7 +134,7 @@ def test_facts_are_taught_and_asked_as_chats(inputs, tmp_path) -> None:
 def test_prompts_and_completions_are_taught_as_chats(inputs, tmp_path, monkeypatch) -> None:
     words = AutoTokenizer.from_pretrained(saved(tmp_path / "model"))
     words.chat_template = (
-        "{% for m in messages %}{{ 'big ' if m.role == 'user' else 'small ' }}{{ m['content'] + ' ' }}{% endfor %}"  # noqa: E501
+        "{% for m in messages %}{{ 'big ' if m.role == 'user' else 'small ' }}{{ m['content'] + ' ' }}{% endfor %}"
     )
     words.save_pretrained(tmp_path / "model")
     taught = []

@@ -251,6 +251,8 @@ def test_missing_files_and_unknown_names_get_a_hint(tmp_path: Path) -> None:
         load_facts("wrold")
     with pytest.raises(FileNotFoundError, match="the sets that ship are world and fictional"):
         load_facts(tmp_path / "nothing.jsonl")
+    with pytest.raises(ValueError, match="no facts are named"):
+        load_facts("")  # not the current folder
     with pytest.raises(ValueError, match="unknown format 'natif'; did you mean 'native'"):
         load_facts("world", format="natif")
     with pytest.raises(ValueError, match="no shipped set 'fictional:many'"):

@@ -237,6 +237,7 @@ def test_per_layer_budget():
         ({"quota": [10, 10]}, "takes one quota"),
         ({"layers": [0, 9]}, "layer 9 has no scores"),
         ({"layers": []}, "no layer is named"),
+        ({"strategy": "random", "seed": -1}, "seed must not be negative, not -1"),
         ({"interference": xr.Dataset()}, "does not read interference"),
     ],
 )

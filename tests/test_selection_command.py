@@ -49,6 +49,11 @@ def test_select_equals_the_function(stored, tmp_path, monkeypatch, capsys):
     assert "does not read interference" in capsys.readouterr().err
 
 
+def test_a_folder_is_no_position_file(stored, tmp_path, monkeypatch, capsys):
+    assert call(monkeypatch, "select", "scores.zarr", "--out", tmp_path) == 1
+    assert "is a folder: name the position file" in " ".join(capsys.readouterr().err.split())
+
+
 def test_stability_equals_the_function(stored, tmp_path, monkeypatch, capsys):
     out = tmp_path / "table.csv"
     for flags, options in ((("--share", 0.25), {"share": 0.25}), (("--bootstrap",), {"share": 1, "replace": True})):

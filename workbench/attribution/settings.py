@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from workbench.metrics import OBJECTIVES
@@ -127,10 +128,10 @@ def checked_settings(
     )
 
 
-def _checked_steps(method: str, steps: int | None, rule: str) -> int:
+def _checked_steps(method: str, steps: Any, rule: str) -> int:
     """Points of the path; 0 where their number adapts."""
-    if steps is not None and steps < 1:
-        raise ValueError(f"steps must be at least 1, not {steps}.")
+    if steps is not None and (not isinstance(steps, Integral) or steps < 1):
+        raise ValueError(f"steps must be a whole number of at least 1, not {steps!r}.")
     if method in _ONE_STEP:
         if steps not in (None, 1):
             raise ValueError(f"{method} has one step; use method='ig' for more.")

@@ -60,6 +60,8 @@ def select_command(
     from workbench.results import open_result
     from workbench.selection import select
 
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder: name the position file to write, such as {out / 'rows.json'}.")
     chosen = select(open_result(attribution, kind="attribution"), **choice.options(strategy))
     print(f"{chosen.n_selected} {chosen.unit}s in {chosen.n_layers} layers: {chosen.to_positions(out)}")
 

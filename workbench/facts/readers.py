@@ -92,6 +92,8 @@ def load_facts(name_or_path: str | os.PathLike[str], *, format: str = "auto") ->
     Raises FileNotFoundError or ValueError with one sentence that names file, line (or record) and field.
     """
     name = os.fspath(name_or_path)
+    if not name:
+        raise ValueError("no facts are named: give world, fictional, or a file or folder ('.' is the current one)")
     if format != "auto":
         refuse_unknown("format", [format], ("auto", *FORMATS), "format")
     path = Path(name)

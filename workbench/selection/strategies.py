@@ -59,6 +59,8 @@ def select(
         raise ValueError(f"There is no selection strategy {strategy!r}: choose one of {', '.join(STRATEGIES)}.")
     if score not in SCORES:
         raise ValueError(f"There is no score {score!r}: choose one of {', '.join(SCORES)}.")
+    if seed < 0:
+        raise ValueError(f"seed must not be negative, not {seed}.")
     reads = strategy in READ_INTERFERENCE
     for name, given in (("interference", interference), ("new", new), ("weights", weights)):
         if given is not None and not reads:
