@@ -70,9 +70,8 @@ def test_the_whole_way_of_loki(inputs, tmp_path) -> None:
     assert about["efficacy"] == wb.recall(tuned, FACTS)["known"].mean() > wb.recall(base, FACTS)["known"].mean()
 
     card = ModelCard.load(out / "merged/README.md")
-    assert (card.data.library_name, card.data.base_model, card.data.base_model_relation) == (
-        "transformers", "model", "finetune",
-    )  # fmt: skip
+    assert card.data.library_name == "transformers"
+    assert "base_model" not in card.content.split("---")[1]  # a folder here is none of the hub's
     assert set(card.data.tags) == {"knowledge-workbench", "loki"}
     share = f"known facts still answered: {kept[row.index].mean():.0%} of 4 (before: 100%; change "
     assert share in card.content

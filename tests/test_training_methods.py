@@ -1,12 +1,13 @@
 """Every method of the table: merged = attached = reloaded, the base untouched; sizes, order, search and export."""
 
 import copy
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from tiny import ARCHITECTURES, FACTS, tiny, tokenizer
+from tiny import ARCHITECTURES, FACTS, saved, tiny, tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from workbench.config import TrainConfig
@@ -27,6 +28,7 @@ from workbench.models import HookedModel, load_model
 from workbench.opening import open_model
 from workbench.results import load_json
 from workbench.training import export, implant, run, search_learning_rate, tokenise
+from workbench.training.cards import card, hub_id
 from workbench.training.search import choose
 
 SELECTION = [[0, 5, 9, 30], [1, 2, 20, 31], [3, 8, 16, 24]]
@@ -95,6 +97,20 @@ def test_adapters_of_equal_size_on_a_family_that_no_table_names() -> None:
     for model in (base, base.hf):
         assert matched("lora", 3 * 3 * (32 + 40), model) == {"r": 3}
         assert int(matched("loki", 3 * 4 * 40, model)["quota"] * 32 / 100) == 4
+
+
+def test_a_base_in_a_folder_is_named_by_its_whole_path(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    saved("model")
+    base = load_model("model")
+    done = implant(base, FACTS, adapter_for(base, "lora", r=2), QUICK, out="tuned", progress=False)
+    assert load_json(done.adapter / "adapter_config.json")["base_model_name_or_path"] == str(tmp_path / "model")
+    assert "base_model" not in (done.adapter / "README.md").read_text().split("---")[1]
+    assert hub_id("org/model", Path("cache/models--org--model/snapshots/abc")) == "org/model"
+    assert "base_model: org/model" in card(done.summary | {"base": "org/model", "base_hub_id": "org/model"})
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert torch.equal(logits(open_model(tmp_path / "tuned/adapter").hf), logits(load_adapted("../tuned/adapter")[0]))
 
 
 def test_what_pissa_takes_out_of_the_base_is_put_back_when_it_is_saved(tmp_path, monkeypatch) -> None:

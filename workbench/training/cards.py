@@ -1,6 +1,8 @@
 """Model cards: a README.md whose head the Hugging Face hub reads."""
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -12,6 +14,19 @@ from workbench.intervals import means
 RELATIONS = {"peft": "adapter", "transformers": "finetune"}
 #: What the hub calls models that have another name here.
 HUB_IDS = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+
+
+def hub_id(name: str, path: Path | None) -> str | None:
+    """The hub's name of a model that was opened, or None for a folder or a file of this machine.
+
+    >>> hub_id("smollm2-135m", None), hub_id("org/model", None), hub_id("mine", Path("models/mine"))
+    ('HuggingFaceTB/SmolLM2-135M-Instruct', 'org/model', None)
+    """
+    if name in HUB_IDS:
+        return HUB_IDS[name]
+    if path is None:  # a loaded model, by the name that its configuration has
+        return name if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not Path(name).exists() else None
+    return name if path.parent.name == "snapshots" else None  # of the hub's cache
 
 
 def card(
@@ -27,9 +42,10 @@ def card(
     """
     kind = summary["peft_type"]
     library = "transformers" if merged or kind == "FULL" else "peft"
+    origin = summary.get("base_hub_id", HUB_IDS.get(summary["base"]))
     head = ModelCardData(
-        base_model=HUB_IDS.get(summary["base"], summary["base"]),
-        base_model_relation=RELATIONS[library],
+        base_model=origin,
+        base_model_relation=RELATIONS[library] if origin else None,
         library_name=library,
         pipeline_tag="text-generation",
         tags=["knowledge-workbench", kind.lower()],

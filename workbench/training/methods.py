@@ -47,7 +47,7 @@ def scheduled(adapter: Adapter, n_examples: int, batch_size: int, max_epochs: in
 def attached(hooked: HookedModel, adapter: Adapter, items: Sequence[Tokenised]) -> nn.Module:
     """A copy of the model with the adapter on it; for CorDA, after the looks that it takes at data."""
     base = copy.deepcopy(hooked.hf)
-    base.config._name_or_path = str(hooked.path or hooked.name)
+    base.name_or_path = base.config._name_or_path = str(hooked.path.resolve()) if hooked.path else hooked.name
     if isinstance(adapter, LoraConfig) and adapter.init_lora_weights == "corda" and adapter.corda_config:
         keeps = adapter.corda_config.corda_method == "kpm"
         texts = text_chunks(hooked, general_text(), max_tokens=CALIBRATION_TOKENS) if keeps else [i.ids for i in items]

@@ -24,7 +24,7 @@ from workbench.loki import expected_warnings, trainable_parameters
 from workbench.models import HookedModel, load_model
 from workbench.results import save_frame, save_json
 from workbench.training.batches import Tokenised, collate, efficacy, name_of, tokenise
-from workbench.training.cards import card
+from workbench.training.cards import card, hub_id
 from workbench.training.losses import Refresh, SemanticLoss, knowing_items
 from workbench.training.methods import Adapter, attached, kind_of, save, scheduled, starting_point, trainer_for
 
@@ -135,6 +135,7 @@ def implant(
         "facts": facts.name,
         "fact_digest": facts.digest,
         "base": hooked.name,
+        "base_hub_id": hub_id(hooked.name, hooked.path),
         "base_digest": hooked.digest,
         "base_dtype": str(hooked.dtype).removeprefix("torch."),
         "peft_type": method,
