@@ -132,6 +132,7 @@ def _checked_steps(method: str, steps: Any, rule: str) -> int:
     """Points of the path; 0 where their number adapts."""
     if steps is not None and (not isinstance(steps, Integral) or steps < 1):
         raise ValueError(f"steps must be a whole number of at least 1, not {steps!r}.")
+    steps = None if steps is None else int(steps)  # of NumPy, say
     if method in _ONE_STEP:
         if steps not in (None, 1):
             raise ValueError(f"{method} has one step; use method='ig' for more.")

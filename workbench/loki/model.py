@@ -48,7 +48,7 @@ class LokiModel(BaseTuner):
                 f"exclude_modules={peft_config.exclude_modules!r} leaves out every module that the selection trains."
             )
 
-    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:
+    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:  # type: ignore[override]
         found = super()._check_target_module_exists(peft_config, key)
         return found if isinstance(found, _ExcludedModule) else key in self._sites
 
