@@ -117,7 +117,7 @@ def test_every_weight_is_the_same_to_the_bit_afterwards_also_after_an_error(monk
         with pytest.raises(ValueError, match=r"The loss of 'france' is not finite .* lower the rate"):
             harm(model, FEW, rate=0.01, steps=4, progress=False)
     assert bits(model) == before
-    assert model.__dict__["digest"] == digest
+    assert model.digest == digest
     assert all(torch.equal(x, users[name]) for name, x in plain.state_dict().items())
     assert not any(parameter.requires_grad for parameter in model.hf.parameters())
 

@@ -68,7 +68,6 @@ def unlocked(
     """The down-projections that learn, standing on copies of their tensors inside the `with`."""
     trained = _trained(model, layers, selection)
     kept = [one.weight.data for one in trained]
-    digest = model.__dict__.pop("digest", None)  # it says which weights the model has now
     try:
         for one in trained:
             one.weight.data = one.weight.data.clone()
@@ -76,9 +75,6 @@ def unlocked(
     finally:
         for one, data in zip(trained, kept, strict=True):
             one.weight.requires_grad_(False).data = data
-        model.__dict__.pop("digest", None)
-        if digest is not None:
-            model.__dict__["digest"] = digest
 
 
 def gradients(

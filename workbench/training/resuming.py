@@ -63,8 +63,8 @@ def check_same_start(earlier: Sequence[Mapping[str, Any]], start: Sequence[Mappi
 def seconds_until(earlier: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
     """Seconds since the start, and those of them that went into watching, at the last row.
 
-    >>> seconds_until([{"seconds": 1.0, "cost": math.nan}, {"seconds": 12.0, "cost": 0.2}])
-    (12.0, 2.0)
+    >>> seconds_until([{"seconds": 1.0, "cost": math.nan}, {"seconds": 12.0, "cost": 0.5}])
+    (12.0, 4.0)
     """
     if not earlier:
         return 0.0, 0.0
