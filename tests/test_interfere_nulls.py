@@ -254,3 +254,14 @@ def test_results_of_before_stay_valid_and_new_columns_are_checked() -> None:
         validate_interference(found.assign(q_value=found["q_value"].transpose("layer", "metric")))
     with pytest.raises(ValueError, match="`value` at metric"):
         validate_interference(found.assign(value=found["value"].where(found["layer"] == 0)))
+
+
+def test_facts_without_a_relation_are_of_none() -> None:
+    facts, ds = small()
+    bare = FactSet.from_records([record | {"relation": ""} for record in facts.to_records()])
+    ds = ds.assign_coords(text=("fact", list(bare.texts.values())))
+    assert np.isnan(interference(None, bare, ds, progress=False, permutations=5)["within"]).all()
+    two = [record | {"relation": "a" if record["id"] in ("f0", "f1") else ""} for record in facts.to_records()]
+    found = interference(None, FactSet.from_records(two), ds, progress=False, permutations=5)
+    pair = found["value"].sel(fact="f0", other="f1").values
+    np.testing.assert_allclose(found["within"].values, pair, rtol=1e-5)

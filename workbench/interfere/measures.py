@@ -16,7 +16,7 @@ from workbench.interfere.cross import suppression
 from workbench.interfere.gradients import gradient
 from workbench.interfere.keys import superposition
 from workbench.interfere.meaning import meaning
-from workbench.interfere.nulls import against_meaning, against_relations, chance_level, level_of_all
+from workbench.interfere.nulls import against_meaning, against_relations, chance_level, groups, level_of_all
 from workbench.interfere.overlap import cosine_overlap, jaccard_overlap
 from workbench.interfere.problem import Draw, Found, Matrix, Problem
 from workbench.intervals import DRAWS, benjamini_hochberg
@@ -113,7 +113,7 @@ def interference(
     if "suppression" in metrics:
         problem = replace(problem, parts=_kept(problem, parts))
     streams = {name: METRICS[name].find(problem) for name in metrics}  # each refuses at once what it cannot do
-    ids, relations = list(problem.facts.ids), np.array([fact.relation for fact in problem.facts])
+    ids, relations = list(problem.facts.ids), [fact.relation for fact in problem.facts]
     generator = np.random.default_rng(seed)
     shuffles = np.stack([generator.permutation(len(ids)) for _ in range(permutations)])
     near = None if model is None else meaning(problem)
@@ -123,7 +123,7 @@ def interference(
     notes: dict[str, Any] = {}
     for place, name in enumerate(metrics):
         layers = _filled(streams[name], name, value[place], beside, notes, progress)
-        for column, numbers in (layers | _tested(value[place], relations, near, shuffles, seed)).items():
+        for column, numbers in (layers | _tested(value[place], groups(relations), near, shuffles, seed)).items():
             statistics.setdefault(column, []).append(numbers)
     columns = {name: (("metric", "layer"), np.stack(rows).astype(np.float32)) for name, rows in statistics.items()}
     if near is not None:
@@ -136,7 +136,7 @@ def interference(
             "unit": attribution["unit"].values,
             "fact": ids,
             "other": ids,
-            "relation": ("fact", list(relations)),
+            "relation": ("fact", relations),
         },
         attrs={
             **{k: attribution.attrs.get(k, "unknown") for k in ("unit", "method", "model_digest")},

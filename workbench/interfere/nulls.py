@@ -4,7 +4,7 @@ Pairs of facts are not independent, so nothing here draws pairs: nulls relabel f
 units of each fact, and intervals resample facts (the vertex bootstrap of Snijders and Borgatti, 1999).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -102,6 +102,16 @@ def in_pairs(values: Values) -> Float[np.ndarray, "layer pair"]:
     """Every pair of facts once, the mean of its two directions, in float64."""
     first, second = np.triu_indices(values.shape[-1], 1)
     return (values[:, first, second].astype(np.float64) + values[:, second, first]) / 2
+
+
+def groups(relations: Iterable[str]) -> np.ndarray:
+    """A label a fact, equal for facts of one relation; a fact without a relation is alone.
+
+    >>> a, b, c, d = groups(["city", "", "city", ""])
+    >>> a == c, b == d
+    (True, False)
+    """
+    return np.array([relation or f"\0{place}" for place, relation in enumerate(map(str, relations))])
 
 
 def against_relations(

@@ -5,7 +5,7 @@ import pandas as pd
 import xarray as xr
 
 from workbench.interfere.measures import METRICS
-from workbench.interfere.nulls import in_pairs, rate_interval
+from workbench.interfere.nulls import groups, in_pairs, rate_interval
 
 #: The numbers per metric and layer, in the order of the frame; results of before may lack some.
 COLUMNS = (
@@ -40,7 +40,7 @@ def colliding_pairs(result: xr.Dataset, *, metric: str = "cosine") -> pd.DataFra
         raise ValueError("This result is from before there were levels: compute the interference again.")
     harmful = METRICS[metric].harmful if metric in METRICS else 1
     rows = []
-    relations = result["relation"].values
+    relations = groups(result["relation"].values)
     ids = result["fact"].values
     symmetric = metric not in METRICS or METRICS[metric].symmetric
     first, second = np.triu_indices(len(ids), 1)
@@ -96,7 +96,7 @@ def conflict_rates(result: xr.Dataset, *, metric: str = "gradient") -> pd.DataFr
     size; of "gradient" alone), n_pairs.
     """
     _asked(result, metric)
-    relations = result["relation"].values
+    relations = groups(result["relation"].values)
     first, second = np.triu_indices(len(relations), 1)
     same = relations[first] == relations[second]
     rows = []

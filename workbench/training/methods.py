@@ -1,6 +1,7 @@
 """What some methods ask of the training: a look at data before they start, a step after each step, another loss."""
 
 import copy
+import logging
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,8 @@ from workbench.models import HookedModel
 from workbench.models.quiet import quiet
 from workbench.recollection import text_chunks
 from workbench.training.batches import Tokenised
+
+log = logging.getLogger(__name__)
 
 Adapter = PeftConfig | Dense
 
@@ -46,6 +49,12 @@ def scheduled(adapter: Adapter, n_examples: int, batch_size: int, max_epochs: in
 
 def attached(hooked: HookedModel, adapter: Adapter, items: Sequence[Tokenised]) -> nn.Module:
     """A copy of the model with the adapter on it; for CorDA, after the looks that it takes at data."""
+    if isinstance(adapter, Dense) and hooked.dtype in (torch.float16, torch.bfloat16):
+        kind = str(hooked.dtype).removeprefix("torch.")
+        log.warning(
+            "training all weights in %s loses small steps to rounding; open the model with dtype='float32' to compare "
+            "with adapters, which are float32", kind,
+        )  # fmt: skip
     base = copy.deepcopy(hooked.hf)
     base.name_or_path = base.config._name_or_path = str(hooked.path.resolve()) if hooked.path else hooked.name
     if isinstance(adapter, LoraConfig) and adapter.init_lora_weights == "corda" and adapter.corda_config:
