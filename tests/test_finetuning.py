@@ -12,11 +12,14 @@ from tiny import FACTS, saved
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import workbench as wb
+from workbench import finetuning
 from workbench.config import TrainConfig
 from workbench.facts import FactSet
+from workbench.filtering import target_embeddings
 from workbench.finetuning import FineTune, finetune
 from workbench.results import load_frame, load_json, open_result
 from workbench.selection import Selection
+from workbench.semantics import semantic_distance
 
 IDS = torch.tensor([[4, 5, 6, 7, 8]])
 TRAINING = TrainConfig(max_epochs=40, batch_size=4, learning_rate=2e-2, target_efficacy=0.8)
@@ -212,10 +215,32 @@ def test_the_command_equals_the_function(inputs, tmp_path, monkeypatch, capsys) 
     assert load_json(tmp_path / "lora/adapter_config.json")["peft_type"] == "LORA"
 
 
+@pytest.mark.parametrize("rule", ["spread", "near_diverse", "loss"])
+def test_only_what_a_filter_keeps_is_taught(rule, inputs, tmp_path, monkeypatch) -> None:
+    taught = []
+    monkeypatch.setattr(finetuning, "tokenise", lambda model, data, *rest: taught.append(data) or 1 / 0)
+    one = asked(inputs, method="lora", filter=rule, keep=4, filter_weight=3.0)
+    with pytest.raises(ZeroDivisionError):
+        finetune(one, tmp_path / "out", progress=False)
+    model = wb.load_model(inputs["model"])
+    facts = wb.load_facts(inputs["facts"])
+    options = {"embeddings": target_embeddings(model, facts)} if rule == "near_diverse" else {}
+    if rule == "loss":
+        read = wb.recall(model, facts)
+        options["loss"] = -read["logprob"] / read["n_tokens"]
+    distance = semantic_distance(model, facts, metrics=("d_soft",))
+    expected = wb.filter_facts(distance, rule=rule, keep=4, facts=facts, weight=3.0, **options)
+    assert taught[0].ids == expected.ids
+    assert len(expected) == 4 < len(facts)
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--data", "fictional:3", "--filter", "spread", "--keep", "some"], "--keep takes a share"),
+        (["--data", "fictional:3", "--filter", "spread", "--keep", "1.5"], "keep=1.5 is no share"),
+        (["--data", "fictional:3", "--filter", "spread", "--filter-weight", "-1"], "weight must be a finite number"),
         (["--data", "fictional:3", "--method", "magic"], "'magic' is not known; choose one of loki, lora"),
         (["--data", "fictional:3", "--method", "ia3", "--rank", "4"], "takes no rank"),
         (["--data", "fictional:3", "--method", "lora", "--selection", "x.json"], "takes no selection"),

@@ -3,7 +3,6 @@
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,8 @@ from typing import Any
 import pandas as pd
 
 from workbench.attribution import attribute
-from workbench.config import TrainConfig
 from workbench.facts import ExampleSet, Fact, FactSet, general_text, load_facts, load_training_data
+from workbench.filtering import check_options, filter_facts
 from workbench.forgetting import measure_forgetting
 from workbench.interfere import interference
 from workbench.loki import METHODS, adapter_for, check_method, parameter_count
@@ -21,8 +20,10 @@ from workbench.opening import open_model
 from workbench.recollection import read_facts, recall, text_chunks
 from workbench.results import RunDir, digest_of, load_frame, load_json, open_result, save_frame, save_json
 from workbench.selection import READ_INTERFERENCE, Selection, check_choice, select
+from workbench.semantics import filter_inputs
 from workbench.training import (
     DriftWatch,
+    FineTune,
     TrainingRun,
     card,
     check_rates,
@@ -37,66 +38,6 @@ from workbench.training import (
 
 #: Passes over a person's own examples where nothing else is asked for; facts are repeated until they are known.
 EXAMPLE_EPOCHS = 3
-
-
-@dataclass(frozen=True)
-class FineTune:
-    """What is asked for: everything that decides the result.
-
-    Attributes:
-        data: facts by name or file, or a file of prompts and completions or of chats (`load_training_data`).
-        model: the default's name, a folder of safetensors, a `.gguf` file or a hub id.
-        method: `loki`, or any other name of `workbench.loki.METHODS`.
-        quota: LoKI: percent of the units of a layer that are trained.
-        strategy: LoKI: how units are selected.
-        score: LoKI: `magnitude` or `signed`.
-        selection: LoKI: a position file, or a saved selection, to train instead of a selection from attribution.
-        unit: LoKI: `node` or `neuron`.
-        rank: rank of the methods that have one (LoKI: 0 trains the selected rows in full).
-        rates: learning rates to search; none takes that of `training`, or the method's default.
-        retained: facts that the model may know, to be attributed and to be read before and after.
-        max_facts: LoKI: attribute at most this many known facts.
-        max_retained: read at most this many known facts before and after.
-        general: the shipped prose (`general`), or a text file, a passage a paragraph.
-        general_tokens: read at most this many tokens of it.
-        epochs: passes over the data; None is 3 for examples, and for facts `training.max_epochs`.
-        training: target, batch size, rate, seed.
-        watch: stop before more than this share of the known facts is no longer answered; None does not watch.
-        watch_drift: stop before the mean semantic distance (d_soft) of the known facts grows by more than this.
-        format: format of a file of facts.
-        chat: put what is taught (facts, or prompts with completions) and the retained facts through the chat template;
-            chats in `data` always are.
-        device: where the model is put.
-        dtype: the type of its weights.
-    """
-
-    data: str
-    model: str = "smollm2-135m"
-    method: str = "loki"
-    quota: float = 10.0
-    strategy: str = "layer_balanced"
-    score: str = "magnitude"
-    selection: str | None = None
-    unit: str = "node"
-    rank: int | None = None
-    rates: tuple[float, ...] = ()
-    retained: str = "world"
-    max_facts: int = 30
-    max_retained: int = 80
-    general: str = "general"
-    general_tokens: int = 1024
-    epochs: int | None = None
-    training: TrainConfig = field(default_factory=TrainConfig)
-    watch: float | None = None
-    watch_drift: float | None = None
-    format: str = "auto"
-    chat: bool = False
-    device: str = "auto"
-    dtype: str = "auto"
-
-    def settings(self) -> dict[str, Any]:
-        """Every setting as plain values."""
-        return asdict(self) | {"training": self.training.model_dump(), "rates": list(self.rates)}
 
 
 def finetune(asked: FineTune, out: str | Path, *, command: str = "", progress: bool = True) -> RunDir:
@@ -139,6 +80,7 @@ def check(asked: FineTune, out: Path) -> tuple[FactSet | ExampleSet, FactSet]:
     check_choice(asked.strategy, asked.quota)
     if asked.selection is not None and not Path(asked.selection).is_file():
         raise FileNotFoundError(f"There is no file {asked.selection} (selection).")
+    check_options(asked.filter, asked.keep, asked.filter_weight)
     if asked.watch is not None and not 0 <= asked.watch <= 1:
         raise ValueError(f"watch is a share of the known facts, 0 to 1, not {asked.watch}.")
     if asked.watch_drift is not None and not asked.watch_drift >= 0:
@@ -147,7 +89,10 @@ def check(asked: FineTune, out: Path) -> tuple[FactSet | ExampleSet, FactSet]:
         check_rates(asked.rates)
     general_text(asked.general)
     _check_out(asked, out)
-    return load_training_data(asked.data, format=asked.format), load_facts(asked.retained)
+    data = load_training_data(asked.data, format=asked.format)
+    if asked.filter != "all" and not isinstance(data, FactSet):
+        raise ValueError(f"The filter {asked.filter!r} is for facts, and {asked.data} holds examples; leave it out.")
+    return data, load_facts(asked.retained)
 
 
 def _check_out(asked: FineTune, out: Path) -> None:
@@ -187,6 +132,8 @@ class _Way:
         self.data = data
         if template:
             self.data = data.as_chat(template) if isinstance(data, FactSet) else data.as_chat()
+        if asked.filter != "all" and isinstance(self.data, FactSet):
+            self.data = self._filtered(self.data)
         self.retained = retained.as_chat(template) if template else retained
         few = EXAMPLE_EPOCHS if isinstance(data, ExampleSet) else asked.training.max_epochs
         self.training = asked.training.model_copy(update={"max_epochs": asked.epochs or few})
@@ -199,6 +146,12 @@ class _Way:
             parameter_count(self.model, self._adapter())  # raises where it does not fit the model
         else:
             check_choice(asked.strategy, asked.quota, self.model.width(asked.unit))
+
+    def _filtered(self, facts: FactSet) -> FactSet:
+        """The facts that the filter keeps, by what the model says of them before training."""
+        distance, needed = filter_inputs(self.model, facts, self.asked.filter, progress=self.progress)
+        how: dict[str, Any] = {"weight": self.asked.filter_weight, "seed": self.asked.training.seed}
+        return filter_facts(distance, rule=self.asked.filter, keep=self.asked.keep, **needed, **how)
 
     def stages(self) -> list[tuple[str, tuple[str, ...], Callable[[], None]]]:
         """Name, files and work of every stage."""

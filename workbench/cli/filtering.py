@@ -34,26 +34,20 @@ def filter_command(
     """
     if out.suffix != ".jsonl":
         raise ValueError(f"--out must end in .jsonl, not {out.name!r}.")
-    share, table_file = _keep(keep), out.with_suffix(".filter.csv")
+    share, table_file = share_or_number(keep), out.with_suffix(".filter.csv")
     for written in (out, table_file):
         if Path(facts).exists() and written.resolve() == Path(facts).resolve():
             raise ValueError(f"{written} is the file of the facts themselves; give another --out.")
-    from workbench.filtering import check_options, filter_facts, filtered, target_embeddings
+    from workbench.filtering import check_options, filter_facts, filtered
 
     check_options(rule, share, weight, low)
     opened, chosen = model_and_facts(model, facts, asked)
     if isinstance(share, int) and share > len(chosen):
         raise ValueError(f"--keep {share} is more than the {len(chosen)} facts there are; give fewer, or a share.")
-    from workbench.recollection import recall
-    from workbench.semantics import semantic_distance
+    from workbench.semantics import filter_inputs
 
-    options: dict[str, Any] = {"metric": metric, "weight": weight, "low": low, "seed": asked.seed, "facts": chosen}
-    if rule == "near_diverse":
-        options["embeddings"] = target_embeddings(opened, chosen)
-    if rule == "loss":
-        read = recall(opened, chosen, progress=not asked.quiet)
-        options["loss"] = -read["logprob"] / read["n_tokens"]
-    distance = semantic_distance(opened, chosen, metrics=(metric,), progress=not asked.quiet)
+    distance, needed = filter_inputs(opened, chosen, rule, metric=metric, progress=not asked.quiet)
+    options: dict[str, Any] = {**needed, "weight": weight, "low": low, "seed": asked.seed}
     kept = filter_facts(distance, rule=rule, keep=share, **options)
     table = filtered(distance, rule=rule, keep=share, **options)
     show(
@@ -64,7 +58,7 @@ def filter_command(
     print(table_file)
 
 
-def _keep(text: str) -> float | int:
+def share_or_number(text: str) -> float | int:
     """A share or a number of facts, or one sentence."""
     try:
         return int(text) if text.strip().isdigit() else float(text)

@@ -9,6 +9,7 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 
 from workbench.cli.app import FORMATS, Chat, Count, Quiet, Seed, app
+from workbench.cli.filtering import share_or_number
 from workbench.config import Config
 
 
@@ -72,6 +73,12 @@ def implant_command(
     permuted: Annotated[
         bool, Parameter(negative="", help="sample, token: the control, weights given to others")
     ] = False,
+    rule: Annotated[
+        Literal["all", "spread", "band", "near_diverse", "random", "loss"],
+        Parameter(name="--filter", help="of facts: teach only those that this rule keeps (see workbench filter)"),
+    ] = "all",
+    keep: Annotated[str, Parameter(help="of --filter: a share, as 0.7, or a number of facts, as 80")] = "0.7",
+    filter_weight: Annotated[float, Parameter(help="of spread, near_diverse: spread against near")] = 1.0,
     watch: Annotated[
         float | None,
         Parameter(help="stop before more than this share of the known facts is lost; 16 are read"),
@@ -118,7 +125,8 @@ def implant_command(
         data=data, model=model, method=method, quota=quota, strategy=strategy, score=score, unit=unit, rank=rank,
         selection=None if selection is None else str(selection), rates=_rates(rates), retained=retained,
         max_facts=max_facts, max_retained=max_retained, general=general, format=format, chat=chat, device=device,
-        dtype=dtype, epochs=epochs, training=training, watch=watch, watch_drift=watch_drift,
+        dtype=dtype, epochs=epochs, training=training, watch=watch, watch_drift=watch_drift, filter=rule,
+        keep=share_or_number(keep), filter_weight=filter_weight,
     )  # fmt: skip
     folder = finetune(asked, out, command=shlex.join(["workbench", *sys.argv[1:]]), progress=not quiet)
     from workbench.results import load_frame, load_json

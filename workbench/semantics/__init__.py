@@ -8,6 +8,7 @@ from workbench.semantics.anchors import ANCHORS, Target, target_of
 from workbench.semantics.blame import attribute_drift, drift_shares
 from workbench.semantics.distance import DISTANCES, distance_summary, semantic_distance
 from workbench.semantics.drift import METRICS, measure_drift, noise_floor, pushed_away
+from workbench.semantics.filtered import filter_inputs
 from workbench.semantics.reverting import changed_units, elsewhere, reverted
 from workbench.semantics.similarity import linear_cka, rsa, similarity
 
@@ -22,6 +23,7 @@ __all__ = [
     "drift_shares",
     "elsewhere",
     "embedding_distance",
+    "filter_inputs",
     "linear_cka",
     "measure_drift",
     "noise_floor",

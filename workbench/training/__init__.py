@@ -1,5 +1,6 @@
 """Training: one path for LoKI, for every baseline and for full fine-tuning; search, export and cards."""
 
+from workbench.training.asking import FineTune
 from workbench.training.batches import IGNORED, collate, efficacy, held_out_prompts, labelled, tokenise, trained_prompts
 from workbench.training.cards import card, figures_of
 from workbench.training.exporting import export
@@ -14,6 +15,7 @@ __all__ = [
     "LEARNING_RATES",
     "DivergedError",
     "DriftWatch",
+    "FineTune",
     "SemanticLoss",
     "TrainingRun",
     "card",

@@ -1,0 +1,72 @@
+"""What a person asks of a fine-tune."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from workbench.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class FineTune:
+    """What is asked for: everything that decides the result.
+
+    Attributes:
+        data: facts by name or file, or a file of prompts and completions or of chats (`load_training_data`).
+        model: the default's name, a folder of safetensors, a `.gguf` file or a hub id.
+        method: `loki`, or any other name of `workbench.loki.METHODS`.
+        quota: LoKI: percent of the units of a layer that are trained.
+        strategy: LoKI: how units are selected.
+        score: LoKI: `magnitude` or `signed`.
+        selection: LoKI: a position file, or a saved selection, to train instead of a selection from attribution.
+        unit: LoKI: `node` or `neuron`.
+        rank: rank of the methods that have one (LoKI: 0 trains the selected rows in full).
+        rates: learning rates to search; none takes that of `training`, or the method's default.
+        retained: facts that the model may know, to be attributed and to be read before and after.
+        max_facts: LoKI: attribute at most this many known facts.
+        max_retained: read at most this many known facts before and after.
+        general: the shipped prose (`general`), or a text file, a passage a paragraph.
+        general_tokens: read at most this many tokens of it.
+        epochs: passes over the data; None is 3 for examples, and for facts `training.max_epochs`.
+        training: target, batch size, rate, seed.
+        filter: of facts: the rule by which some are kept to be taught (`filter_facts`); `all` keeps all.
+        keep: of a filter: the share (a float) or the number of the facts that is kept.
+        filter_weight: of the rules `spread` and `near_diverse`.
+        watch: stop before more than this share of the known facts is no longer answered; None does not watch.
+        watch_drift: stop before the mean semantic distance (d_soft) of the known facts grows by more than this.
+        format: format of a file of facts.
+        chat: put what is taught (facts, or prompts with completions) and the retained facts through the chat template;
+            chats in `data` always are.
+        device: where the model is put.
+        dtype: the type of its weights.
+    """
+
+    data: str
+    model: str = "smollm2-135m"
+    method: str = "loki"
+    quota: float = 10.0
+    strategy: str = "layer_balanced"
+    score: str = "magnitude"
+    selection: str | None = None
+    unit: str = "node"
+    rank: int | None = None
+    rates: tuple[float, ...] = ()
+    retained: str = "world"
+    max_facts: int = 30
+    max_retained: int = 80
+    general: str = "general"
+    general_tokens: int = 1024
+    epochs: int | None = None
+    training: TrainConfig = field(default_factory=TrainConfig)
+    filter: str = "all"
+    keep: float | int = 0.7
+    filter_weight: float = 1.0
+    watch: float | None = None
+    watch_drift: float | None = None
+    format: str = "auto"
+    chat: bool = False
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def settings(self) -> dict[str, Any]:
+        """Every setting as plain values."""
+        return asdict(self) | {"training": self.training.model_dump(), "rates": list(self.rates)}
