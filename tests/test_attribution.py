@@ -34,8 +34,8 @@ def run(model, facts=FACTS, **options):
     return attribute(model, facts, progress=False, **options)
 
 
-def loop(model, facts, unit, steps, scope="last", layers=None):
-    """Integrated gradients by one hooked forward and backward per fact, layer and step; zero elsewhere."""
+def loop(model, facts, unit, steps, scope="last"):
+    """Integrated gradients by one hooked forward and backward per fact, layer and step."""
     scores = np.zeros((len(facts), model.n_layers, model.width(unit)))
     for row, fact in enumerate(facts.tokenise(model.tokenizer)):
         last = len(fact.prompt_ids) - 1
@@ -44,7 +44,7 @@ def loop(model, facts, unit, steps, scope="last", layers=None):
         keep = lambda value, seen=seen: seen.append(value) or value  # noqa: E731
         with model.patched(unit, dict.fromkeys(range(model.n_layers), keep)):
             model.logits(torch.tensor([fact.ids[:-1]]))
-        for layer in range(model.n_layers) if layers is None else layers:
+        for layer in range(model.n_layers):
             for k in range(steps):
                 _, gradient = naive(model, fact, unit, layer, (k + 0.5) / steps, scope, logprob)
                 scores[row, layer] += (seen[layer][0, moved] * gradient / steps).sum(0).numpy()
@@ -333,9 +333,8 @@ def test_three_real_facts_equal_the_naive_loop() -> None:
             {"prompt": "The author of Romeo and Juliet is", "answer": "William Shakespeare"},
         ]
     )
-    layers = range(2, 30, 3)  # a third of them: the loop is slow
-    ours = run(model, facts, steps=1)["score"].values[:, layers]
-    expected = loop(model, facts, "node", 1, layers=layers)[:, layers]
+    ours = run(model, facts, steps=1)["score"].values
+    expected = loop(model, facts, "node", 1)
     gap = np.abs(ours - expected).max(axis=(1, 2)) / np.abs(expected).max(axis=(1, 2))
     assert gap.max() <= 1e-5, gap
 
