@@ -27,7 +27,7 @@ from workbench.config import TrainConfig
 from workbench.facts import FactSet, general_text
 from workbench.figures import forgetting_compared
 from workbench.intervals import means
-from workbench.loki import adapter_config
+from workbench.loki import adapter_config, matched, parameter_count
 from workbench.models import HookedModel
 from workbench.opening import open_model
 from workbench.reporting import places, publish
@@ -55,7 +55,9 @@ SELECTIONS: dict[str, dict[str, Any]] = {
     "loki_highest": {"strategy": "layer_highest", "score": "magnitude"},
     "loki_interference": {"strategy": "interference_aware", "score": "magnitude"},
 }
-METHODS = (*SELECTIONS, "lora", "dora", "pissa", "full")
+#: Methods with a rank once more, with the rank that makes them as large as LoKI.
+MATCHED = {"lora_matched": "lora", "dora_matched": "dora", "pissa_matched": "pissa"}
+METHODS = (*SELECTIONS, "lora", "dora", "pissa", "full", *MATCHED)
 ONCE = ("rslora", "olora", "corda", "kasa", "shira", "ia3", "ln_tuning", "adalora", "full_ffn")
 
 
@@ -146,8 +148,14 @@ class Study:
 
     def adapter(self, method: str) -> Any:
         """A fresh configuration of a method on the down-projections."""
-        options = {"selection": self.selection(method)} if method in SELECTIONS else {}
-        return adapter_config(method, model_config=self.model.config, **options)
+        if method in SELECTIONS:
+            options = {"selection": self.selection(method)}
+        elif method in MATCHED:
+            size = parameter_count(self.model, self.adapter("loki_random"))
+            options = matched(MATCHED[method], size, self.model)
+        else:
+            options = {}
+        return adapter_config(MATCHED.get(method, method), model_config=self.model.config, **options)
 
     def trial(self, method: str, factor: float, seed: int) -> dict[str, Any]:
         """One training and what it forgot: a row, kept with the readings of every fact beside it."""
@@ -305,7 +313,7 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument("--asked", type=int, default=100, help="known facts for tuning, and as many for reading")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of plain prose")
     parser.add_argument("--quota", type=float, default=10.0, help="nodes that LoKI trains, in percent")
-    parser.add_argument("--max-epochs", type=int, default=40, help="a training gives up after so many")
+    parser.add_argument("--max-epochs", type=int, default=60, help="a training gives up after so many")
     parser.add_argument("--out", type=Path, help="where trials are kept; in runs when not given")
     parser.add_argument("--figures", type=Path, help="where the figure is published")
     parser.add_argument("--smoke", action="store_true", help="few methods, facts, rates and epochs")

@@ -1,5 +1,9 @@
 """`attribute`: against the naive loop, its own completeness, a planted answer, and the conditions of every method."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import planted
 import pytest
@@ -21,7 +25,7 @@ from workbench.attribution import (
 )
 from workbench.attribution.settings import _checked_steps
 from workbench.engine import Room
-from workbench.facts import FactSet
+from workbench.facts import FactSet, load_facts
 from workbench.metrics import OBJECTIVES, logprob
 from workbench.models import load_model
 from workbench.path import quadrature
@@ -90,6 +94,32 @@ def test_batch_padding_and_order_change_nothing(kind: str, method: str) -> None:
         scale = max(scale, 2 * float(np.log(together["target_prob"].values.min()) / -1))
     for other in (alone, backwards.sel(fact=together["fact"])):
         np.testing.assert_allclose(other["score"], together["score"], rtol=0, atol=1e-6 * scale)
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="products round alike with oneMKL only")
+@pytest.mark.parametrize("method", ["ig", "grad_x_act"])
+def test_on_a_real_model_batch_padding_and_order_change_nothing(method: str) -> None:
+    model, facts = default(), load_facts("world").sample(5, seed=4)
+    tokens = model.tokenise(facts)
+    assert len({len(fact.prompt_ids) for fact in tokens}) > 1 and len({len(fact.answer_ids) for fact in tokens}) > 1
+    together = run(model, facts, method=method)["score"]
+    scale = np.abs(together).max(("layer", "unit"))
+    for other in (facts, FactSet("backwards", facts.facts[::-1])):
+        again = run(model, other, method=method, batch_size=1 if other is facts else 2)["score"]
+        assert float((np.abs(again.sel(fact=together["fact"]) - together) / scale).max()) <= 1e-6
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="products round alike with oneMKL only")
+def test_products_round_alike_for_any_number_of_rows_once_the_package_is_imported() -> None:
+    code = (
+        "{}import torch; torch.manual_seed(0); rows, weight = torch.randn(600, 1536), torch.randn(576, 1536);"
+        "whole = rows @ weight.T;"
+        "print(all(torch.equal(rows[:count] @ weight.T, whole[:count]) for count in range(2, 300)))"
+    )
+    plain = {name: value for name, value in os.environ.items() if name != "MKL_CBWR"}
+    for first, alike in (("import workbench;", "True"), ("", "False")):  # without it they do not
+        done = subprocess.run([sys.executable, "-c", code.format(first)], env=plain, capture_output=True, text=True)
+        assert done.stdout.strip() == alike, done.stderr
 
 
 def test_the_order_of_the_facts_does_not_touch_a_bit() -> None:

@@ -2,8 +2,13 @@
 
 The names below open their rooms when they are first used, so that `import workbench` and `workbench --help` are quick.
 peft reads adapters of LoKI once this package is imported, before or after peft.
+
+On Intel's processors a number does not depend on what else is computed with it: their matrix products are told to round
+alike for any number of rows and threads (`MKL_CBWR`, unless it is set). That takes hold where this package is imported
+before the first product.
 """
 
+import os
 from importlib import import_module
 from typing import Any
 
@@ -68,4 +73,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_ROOMS})
 
 
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # conditional numerical reproducibility of oneMKL
 announce()

@@ -80,8 +80,9 @@ def attribute(
         target: `"gold"` (the fact's answer) or `"predicted"` (the model's own next token).
         tolerance: of the adaptive rule: the gap, as a share of the layer's effect.
         seed: of the draws of `random`.
-        batch_size: facts that are prepared together; `"auto"` chooses. In float32 results of different batches differ
-            by rounding: a few 1e-6 of a fact's largest score, more where it makes the adaptive rule take another step.
+        batch_size: facts that are prepared together; `"auto"` chooses. Scores do not depend on it: on Intel's
+            processors to less than 1e-6 of a fact's largest (see `workbench`); where products round by their size, in
+            float32 to a few 1e-6, and more where that makes the adaptive rule take another step.
         memory: GiB that a pass may take; None is half of what is free. A pass that still does not fit is halved.
         out: a zarr folder to stream to; None keeps the result in memory.
         resume: go on where an earlier call with the same settings stopped.

@@ -62,6 +62,9 @@ def _rows_of(value: Any, rows: Int[Tensor, " row"], n: int, name: str = "") -> A
 @torch.no_grad()
 def run_clean(model: HookedModel, batch: Batch, unit: str) -> Clean:
     """Run the facts once, unpatched, and keep what the queries need."""
+    if batch.ids.numel() == 1:  # products of one row round in their own way
+        twice = run_clean(model, batch.of(torch.zeros(2, dtype=torch.long, device=model.device)), unit)
+        return twice.of(torch.zeros(1, dtype=torch.long, device=model.device))
     calls: list[dict[str, Any]] = []
     extras: list[tuple[Any, ...] | None] = []
     resid_pre: list[Tensor] = []
@@ -95,7 +98,7 @@ def run_clean(model: HookedModel, batch: Batch, unit: str) -> Clean:
         inputs = model.inputs(batch.ids, batch.mask)
         for name in inputs.keys() & {"input_ids", "position_ids"}:
             inputs[name] = inputs[name][:, batch.shared :]
-        inputs |= model.keeping(batch.read)
+        inputs |= model.keeping(batch.read + (len(batch.ids) * batch.read == 1))
         logits = model.hf(**inputs, past_key_values=cache, use_cache=True).logits[:, -batch.read :]
     plain = isinstance(head, nn.Linear) and torch.equal(unembedded[0][:, -batch.read :].float(), logits.float())
     layers: list[Any] = list(cache.layers)

@@ -68,7 +68,7 @@ def clean_gradients(
 
     patches = dict.fromkeys(range(model.n_layers), shift)
     values = _objective_of_queries(model, clean, unit, {0: 1}, patches, objective)
-    return torch.stack([gradient[:, 0] for gradient in torch.autograd.grad(values.sum(), zeros)])
+    return torch.stack([gradient[:, -1] for gradient in torch.autograd.grad(values.sum(), zeros)])
 
 
 def _objective_of_queries(
@@ -85,8 +85,11 @@ def _objective_of_queries(
     """
     batch, tail = clean.batch, clean.batch.tail
     n_queries = sum(births.values())
-    calls = QueryCalls(model, clean, n_queries)
     first = min(births)
+    spare = int(len(batch.ids) * births[first] * batch.read == 1)  # products of one row round in their own way
+    births = {**births, first: births[first] + spare}
+    n_queries += spare
+    calls = QueryCalls(model, clean, n_queries)
     rows_at = [tail * sum(count for at, count in births.items() if at <= layer) for layer in range(model.n_layers)]
 
     def forward(layer: int, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -132,7 +135,7 @@ def _objective_of_queries(
         logits = model.hf(**_inputs_of_queries(model, batch, n_queries), use_cache=False).logits
     logits = rearrange(logits, "b (n r) v -> b n r v", r=batch.read)
     values = logits[..., 0] if clean.plain_head else objective(logits, target)
-    return (values * batch.weight[:, None]).sum(-1)
+    return (values * batch.weight[:, None]).sum(-1)[:, spare:]
 
 
 def _inputs_of_queries(model: HookedModel, batch: Batch, n_queries: int) -> dict[str, Any]:
