@@ -148,13 +148,12 @@ class Study:
 
     def adapter(self, method: str) -> Any:
         """A fresh configuration of a method on the down-projections."""
+        options: dict[str, Any] = {}
         if method in SELECTIONS:
             options = {"selection": self.selection(method)}
         elif method in MATCHED:
             size = parameter_count(self.model, self.adapter("loki_random"))
             options = matched(MATCHED[method], size, self.model)
-        else:
-            options = {}
         return adapter_config(MATCHED.get(method, method), model_config=self.model.config, **options)
 
     def trial(self, method: str, factor: float, seed: int) -> dict[str, Any]:

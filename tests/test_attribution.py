@@ -101,7 +101,8 @@ def test_batch_padding_and_order_change_nothing(kind: str, method: str) -> None:
 def test_on_a_real_model_batch_padding_and_order_change_nothing(method: str) -> None:
     model, facts = default(), load_facts("world").sample(5, seed=4)
     tokens = model.tokenise(facts)
-    assert len({len(fact.prompt_ids) for fact in tokens}) > 1 and len({len(fact.answer_ids) for fact in tokens}) > 1
+    assert len({len(fact.prompt_ids) for fact in tokens}) > 1
+    assert len({len(fact.answer_ids) for fact in tokens}) > 1
     together = run(model, facts, method=method)["score"]
     scale = np.abs(together).max(("layer", "unit"))
     for other in (facts, FactSet("backwards", facts.facts[::-1])):
