@@ -15,7 +15,7 @@ from workbench.engine.queries import run_queries
 from workbench.engine.room import out_of_memory
 from workbench.facts import TokenisedFact
 from workbench.metrics import logprob
-from workbench.models import HookedModel, probe_ids
+from workbench.models import HALF, HookedModel, in_float32, probe_ids
 
 #: Largest difference between the engine and plain hooks, relative to the largest gradient, that `check_engine` takes.
 #: Measured in float32: at most 3e-6 over 25 tiny architectures and the default model.
@@ -30,13 +30,21 @@ _CHECKED: WeakSet[HookedModel] = WeakSet()
 def check_engine(model: HookedModel) -> None:
     """Compare the engine with plain hooks on two invented facts, and refuse a model on which the two differ.
 
-    A model is compared once.
+    A model is compared once; one in half precision, whose rounding could hide a fault, also in float32.
 
     Raises:
         ValueError: the engine does not reproduce this architecture.
     """
     if model in _CHECKED:
         return
+    _compare(model)
+    if model.dtype in HALF:
+        _compare(in_float32(model))
+    _CHECKED.add(model)
+
+
+def _compare(model: HookedModel) -> None:
+    """Raise unless the engine gives what plain hooks give, within the tolerance of the model's dtype."""
     kind = f"{model.name} ({type(model.hf).__name__})"
     ids = [int(i) for i in probe_ids(model.hf)[0]]
     room = LEAST_SHARED if model.max_tokens is None else min(LEAST_SHARED, max(0, model.max_tokens - 6))
@@ -63,7 +71,6 @@ def check_engine(model: HookedModel) -> None:
                 "so this architecture is not supported."
             )
     _check_own_masks(model, facts[0])
-    _CHECKED.add(model)
 
 
 def _check_own_masks(model: HookedModel, fact: TokenisedFact) -> None:

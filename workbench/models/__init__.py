@@ -1,6 +1,7 @@
 """Opening models and looking into them: the only door to transformer-lens and to transformers' loading."""
 
 from workbench.models.devices import free_memory, peak_memory
+from workbench.models.half import HALF, in_float32
 from workbench.models.hooked import (
     HookedModel,
     Patch,
@@ -16,6 +17,7 @@ from workbench.models.promises import probe_ids
 from workbench.models.sources import default_model, list_models, load_hf
 
 __all__ = [
+    "HALF",
     "HookedModel",
     "Patch",
     "Unit",
@@ -23,6 +25,7 @@ __all__ = [
     "default_model",
     "forward_through",
     "free_memory",
+    "in_float32",
     "inputs_first",
     "list_models",
     "load_hf",

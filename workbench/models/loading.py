@@ -3,6 +3,7 @@
 import copy
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from workbench.models.devices import pick_device, pick_dtype
+from workbench.models.half import HALF, in_float32
 from workbench.models.hooked import HookedModel
 from workbench.models.promises import check_promises, refuse_unsupported
 from workbench.models.sources import load_hf, read_tokenizer
@@ -87,6 +89,9 @@ def hook(hf: Any, tokenizer: Any, *, name: str, path: Path | None) -> HookedMode
         ) from error
     model = HookedModel(name, hf, tokenizer, bridge, blocks, downs, path)
     check_promises(model)
+    if model.dtype in HALF:
+        exact = in_float32(model)
+        check_promises(replace(exact, bridge=boot(structural_copy(exact.hf), tokenizer, name)))
     kind = f"{str(model.dtype).removeprefix('torch.')} on {model.device}"
     log.info("%s: %d layers, d_model %d, d_mlp %d, %s", name, model.n_layers, model.d_model, model.d_mlp, kind)
     return model
