@@ -1,10 +1,12 @@
 """The command: quick help, the same results as the package, one sentence and a non-zero exit for bad input."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from command import call
@@ -12,6 +14,7 @@ from tiny import FACTS, saved
 
 import workbench as wb
 from workbench.config import Config
+from workbench.results import open_result
 
 COMMANDS = [
     "run",
@@ -109,6 +112,32 @@ def test_attribute_prints_the_unit_that_the_method_fixes(tiny_inputs, tmp_path, 
     command = ["--model", model, "--facts", facts, "--method", "kn", "--steps", "1", "-q"]
     assert call(monkeypatch, "attribute", *command, "--out", str(tmp_path / "a.zarr")) == 0
     assert " neurons a layer: " in capsys.readouterr().out
+
+
+def test_attribute_gives_the_mean_over_paraphrases(tiny_inputs, tmp_path, monkeypatch, capsys) -> None:
+    model, facts = tiny_inputs
+    out, each = tmp_path / "a.zarr", tmp_path / "a.prompts.zarr"
+    command = ["attribute", "--model", model, "--facts", facts, "--out", out, "--method", "grad_x_act", "-q"]
+    assert call(monkeypatch, *command, "--paraphrases") == 0
+    assert "8 facts, 3 layers, 32 nodes a layer" in capsys.readouterr().out
+    asked = wb.load_facts(facts)
+    prompts = wb.attribute(wb.load_model(model), asked.per_prompt(), method="grad_x_act", progress=False)
+    np.testing.assert_array_equal(open_result(each)["score"], prompts["score"])
+    mean = open_result(out)
+    france = prompts["score"].sel(fact=["france#0", "france#1"]).values.mean(0)
+    np.testing.assert_allclose(mean["score"].sel(fact="france"), france, rtol=1e-6)
+    assert np.abs(prompts["score"].sel(fact="france#0") - mean["score"].sel(fact="france")).max() > 1e-3
+    assert mean["n_prompts"].values.tolist() == [1 + len(fact.paraphrases) for fact in asked]
+    assert call(monkeypatch, "select", out, "--out", tmp_path / "rows.json") == 0
+
+    monkeypatch.setattr("workbench.attribution.scoring.score_batch", lambda *given: pytest.fail("work began"))
+    assert call(monkeypatch, *command, "--paraphrases") == 0  # nothing is left to do
+    assert call(monkeypatch, *command) == 1  # means are not scores of the facts' own prompts
+    assert "--no-resume" in capsys.readouterr().err
+    shutil.rmtree(each)
+    assert call(monkeypatch, *command, "--paraphrases") == 1
+    assert "holds no means of" in capsys.readouterr().err
+    assert open_result(out).equals(mean)
 
 
 def test_drift_and_forgetting_of_a_model_against_itself(tiny_inputs, tmp_path, monkeypatch, capsys) -> None:

@@ -61,16 +61,23 @@ def attribute_command(
     tolerance: Annotated[float, Parameter(help="of adaptive steps: the gap, as a share of a layer's effect")] = 0.05,
     memory: Annotated[float | None, Parameter(help="GiB that a pass may take; half of what is free")] = None,
     batch_size: Count = None,
+    paraphrases: Annotated[
+        bool,
+        Parameter(negative="", help="the mean of a fact's prompts to --out, each prompt's scores to *.prompts.zarr"),
+    ] = False,
     resume: bool = True,
     asked: Asked = Asked(),
 ) -> None:
     """Score how much every FFN unit of every layer contributes to every fact."""
     if out is None and not plan:
         raise ValueError("Give --out, the folder to write to, or --plan to see what it would take.")
-    from workbench.attribution import attribute, checked_settings
+    from workbench.attribution import attribute, by_fact, checked_settings
+    from workbench.results import save_result
 
     checked_settings(method, unit, steps, rule, baseline, scope, objective, target, tolerance, asked.seed)
+    each = _place_of_prompts(out, resume) if paraphrases and out is not None else out
     opened, chosen = model_and_facts(model, facts, asked)
+    chosen = chosen.per_prompt() if paraphrases else chosen
     options: dict[str, Any] = {
         "method": method,
         "unit": unit,
@@ -84,7 +91,7 @@ def attribute_command(
         "seed": asked.seed,
         "memory": memory,
         "batch_size": "auto" if batch_size is None else batch_size,
-        "out": out,
+        "out": each,
         "resume": resume,
     }
     if plan:
@@ -93,5 +100,19 @@ def attribute_command(
         print(planned(opened, chosen, **options))
         return
     ds = attribute(opened, chosen, **options, progress=not asked.quiet)
+    if paraphrases and out is not None:
+        ds = by_fact(ds)
+        save_result(ds, out, kind="attribution")
     units = f"{ds.sizes['unit']} {ds.attrs['unit']}s a layer"  # a method may fix the unit
     print(f"{ds.sizes['fact']} facts, {ds.sizes['layer']} layers, {units}: {out}")
+
+
+def _place_of_prompts(out: Path, resume: bool) -> Path:
+    """Where the scores of single prompts go whose means go to `out`; what `out` holds must be such means."""
+    from workbench.results.labelled import check_replaceable, kind_of, open_result
+
+    each = out.with_name(f"{out.name.removesuffix('.zarr')}.prompts.zarr")
+    check_replaceable(out, kind="attribution")
+    if resume and kind_of(out) and not ("aggregate" in open_result(out, all_facts=True).attrs and kind_of(each)):
+        raise ValueError(f"{out} holds no means of {each}: choose another --out, or start anew with --no-resume.")
+    return each

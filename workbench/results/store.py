@@ -313,5 +313,5 @@ def _check_same(folder: Path, labels: xr.Dataset, settings: Mapping[str, Any]) -
     if differing:
         raise ValueError(
             f"{folder} holds a result with other settings, it differs in {'; '.join(differing)}: "
-            "choose another out=, or start anew with resume=False."
+            "choose another out=, or start anew with resume=False (--no-resume)."
         )
