@@ -27,7 +27,7 @@ from workbench.loki import (
 from workbench.models import HookedModel, load_model
 from workbench.opening import open_model
 from workbench.results import load_json
-from workbench.training import export, implant, run, search_learning_rate, tokenise
+from workbench.training import efficacy, export, implant, run, search_learning_rate, tokenise
 from workbench.training.cards import card, hub_id
 from workbench.training.search import choose
 
@@ -67,6 +67,31 @@ def test_merged_attached_and_reloaded_are_one_model(kind: str, method: str, tmp_
     torch.testing.assert_close(logits(reloaded), attached, rtol=1e-5, atol=1e-5)
     assert run.summary["trainable_parameters"] > 0
     assert not list(tmp_path.rglob("*.bin")) + list(tmp_path.rglob("*.pt"))
+
+
+@pytest.mark.parametrize("method", ["full", "full_ffn"])
+def test_weights_in_half_precision_are_trained_in_float32_and_rounded_once(method: str, tmp_path) -> None:
+    base = load_model(copy.deepcopy(tiny("llama").hf).bfloat16(), tokenizer=tokenizer(), dtype="bfloat16")
+    exact = load_model(copy.deepcopy(base.hf).float(), tokenizer=tokenizer(), dtype="float32")
+    small = QUICK.model_copy(update={"learning_rate": 1e-4, "max_epochs": 8, "target_efficacy": 1.0})
+    runs = [
+        implant(one, FACTS, adapter_for(one, method), small, out=tmp_path / name, progress=False)
+        for name, one in (("half", base), ("exact", exact))
+    ]
+    assert {weight.dtype for weight in runs[0].model.parameters()} == {torch.bfloat16}
+    untouched = 0
+    for (name, half), whole in zip(runs[0].model.named_parameters(), runs[1].model.parameters(), strict=True):
+        assert torch.equal(half, whole.bfloat16())  # as if it had been float32 all the way
+        untouched += torch.equal(half, base.hf.get_parameter(name))
+    everything = len(list(base.hf.parameters()))
+    assert untouched in {"full": range(everything // 4), "full_ffn": [everything - 3]}[method]
+    assert runs[0].efficacy == efficacy(runs[0].model, tokenise(base, FACTS))  # of what is saved
+    stuck = copy.deepcopy(base.hf).bfloat16()  # the control: in half precision such steps are lost
+    weight = stuck.model.layers[0].mlp.down_proj.weight
+    before = weight.detach().clone()
+    for _ in range(8):
+        weight.data -= small.learning_rate * torch.sign(before)
+    assert (weight == before).float().mean() > 0.2
 
 
 def unlisted(kind: str) -> HookedModel:

@@ -48,14 +48,15 @@ def scheduled(adapter: Adapter, n_examples: int, batch_size: int, max_epochs: in
 
 
 def attached(hooked: HookedModel, adapter: Adapter, items: Sequence[Tokenised]) -> nn.Module:
-    """A copy of the model with the adapter on it; for CorDA, after the looks that it takes at data."""
-    if isinstance(adapter, Dense) and hooked.dtype in (torch.float16, torch.bfloat16):
-        kind = str(hooked.dtype).removeprefix("torch.")
-        log.warning(
-            "training all weights in %s loses small steps to rounding; open the model with dtype='float32' to compare "
-            "with adapters, which are float32", kind,
-        )  # fmt: skip
+    """A copy of the model with the adapter on it; for CorDA, after the looks that it takes at data.
+
+    What is trained is float32, adapters by peft and `Dense` here: a model in half precision would lose small steps.
+    """
     base = copy.deepcopy(hooked.hf)
+    if isinstance(adapter, Dense) and hooked.dtype in (torch.float16, torch.bfloat16):
+        log.info("training the weights of %s in float32; they are rounded once, at the end", hooked.name)
+        for tensor in _tensors(base):
+            tensor.data = tensor.data.float()
     base.name_or_path = base.config._name_or_path = str(hooked.path.resolve()) if hooked.path else hooked.name
     if isinstance(adapter, LoraConfig) and adapter.init_lora_weights == "corda" and adapter.corda_config:
         keeps = adapter.corda_config.corda_method == "kpm"
@@ -71,6 +72,20 @@ def attached(hooked: HookedModel, adapter: Adapter, items: Sequence[Tokenised]) 
     if getattr(adapter, "corda_config", None) is not None:
         model.peft_config["default"].corda_config = None  # it has served, and is not a part of what is saved
     return model
+
+
+def rounded(model: nn.Module, hooked: HookedModel) -> bool:
+    """Give a model trained by `Dense` the base's own precision; say whether it had another."""
+    if hasattr(model, "peft_config") or next(model.parameters()).dtype == hooked.dtype:
+        return False
+    for ours, base in zip(_tensors(model), _tensors(hooked.hf), strict=True):
+        ours.data = ours.data.to(base.dtype)
+    return True
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    """The floating-point parameters and buffers of a model."""
+    return [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from workbench.results import save_frame, save_json
 from workbench.training.batches import Tokenised, collate, efficacy, name_of, tokenise
 from workbench.training.cards import card, hub_id
 from workbench.training.losses import Refresh, SemanticLoss, knowing_items
-from workbench.training.methods import Adapter, attached, kind_of, save, scheduled, starting_point, trainer_for
+from workbench.training.methods import Adapter, attached, kind_of, rounded, save, scheduled, starting_point, trainer_for
 
 log = logging.getLogger(__name__)
 
@@ -175,7 +175,7 @@ def _train(
             trainer.train()
         seconds = time.perf_counter() - started
         model.eval()
-        if given:  # one may have put weights back
+        if rounded(model, hooked) or given:  # a callback may have put weights back
             watch.measure(model)
         save(model, Path(args.output_dir or ".") / "adapter", hooked.tokenizer, start)
     return model, seconds
