@@ -1,12 +1,11 @@
 """One way to open whatever a person calls a model: a name, a folder, an adapter, a loaded model."""
 
-import copy
 from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
 
-from workbench.loki import load_adapted
+from workbench.loki import load_adapted, merged_copy
 from workbench.models import HookedModel, load_model, own_tokenizer
 from workbench.results import load_json
 
@@ -38,7 +37,7 @@ def open_model(
     if isinstance(model, nn.Module):
         tokenizer = tokenizer or getattr(base, "tokenizer", None) or getattr(beside, "tokenizer", None)
         if hasattr(model, "peft_config"):
-            model = copy.deepcopy(cast(Any, model)).merge_and_unload()
+            model = merged_copy(model)
         return load_model(model, tokenizer=tokenizer or own_tokenizer(model))
     folder = Path(getattr(model, "adapter", model))
     if (folder / "adapter" / "adapter_config.json").is_file():  # what `workbench implant` writes

@@ -14,6 +14,7 @@ from .adapters import (
     check_method,
     expected_warnings,
     load_adapted,
+    merged_copy,
     trainable_parameters,
 )
 from .config import LokiConfig
@@ -38,6 +39,7 @@ __all__ = [
     "expected_warnings",
     "load_adapted",
     "matched",
+    "merged_copy",
     "parameter_count",
     "trainable_parameters",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,14 +23,17 @@ from peft import (
     get_peft_model,
 )
 from peft.tuners.lora.config import CordaConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .config import LokiConfig
+from .model import refuse_stacked
 from .sites import DOWN_PROJECTIONS, down_names, down_projection_suffix, is_conv1d
 
 _CONV1D_TYPES = ("gpt2", "openai-gpt")
-#: Paths of the normalisations of every family: input_layernorm, ln_1, final_layer_norm, norm, q_norm, ...
-NORMS = r"(.*\.)?(\w*norm|ln_\w+)"
+#: Paths of the normalisations of every family: input_layernorm, ln_1, final_layer_norm, norm, q_norm, norm_1, ...
+NORMS = r"(.*\.)?(\w*norm|norm_\w+|ln_\w+)"
 #: Starts of warnings about what is meant to be so.
 EXPECTED = (
     "`is_gradient_checkpointing` is deprecated",  # peft asks transformers by a name that transformers has renamed
@@ -186,15 +190,23 @@ def adapter_for(
 ) -> PeftConfig | Dense:
     """Return the configuration of a method on a model's own down-projections, whatever the family.
 
-    `model` is a `HookedModel` or a transformers model. `layers` restricts the methods that train down-projections to
-    those of some layers; LoKI's are those of its selection, `ln_tuning` and `full` train what they train everywhere.
-    `options` are those of `adapter_config`.
+    `model` is a `HookedModel` or a transformers model. `layers` restricts a method to some layers; `ln_tuning` and
+    `full` train what they train everywhere. `options` are those of `adapter_config`.
     """
     hf = getattr(model, "hf", model)
-    names = down_names(model)
-    if check_method(method) != "loki" and layers is not None and len(set(layers)) < len(names):
+    names, kind = down_names(model), check_method(method)
+    outside = [layer for layer in (() if layers is None else layers) if not 0 <= layer < len(names)]
+    if outside or (layers is not None and not len(layers)):
+        found = f"holds {outside[0]}" if outside else "is empty"
+        raise ValueError(f"layers {found}; the layers of this model are 0 to {len(names) - 1}.")
+    weights = [name.rpartition(".")[0] for name, _ in hf.named_parameters()]
+    if kind == "ln_tuning" and not any(re.fullmatch(NORMS, name) for name in weights):
+        raise ValueError(f"The normalisations of {type(hf).__name__} have no weights; choose another method.")
+    if kind == "loki":
+        options["layers"] = layers
+    elif layers is not None and len(set(layers)) < len(names):
         options["target_modules"] = [names[layer] for layer in sorted(set(layers))]
-    elif getattr(hf.config, "model_type", None) not in DOWN_PROJECTIONS:
+    if getattr(hf.config, "model_type", None) not in DOWN_PROJECTIONS:
         options.setdefault("target_modules", names)
     conv1d = is_conv1d(hf.get_submodule(names[0]))
     return adapter_config(method, model_config=hf.config, conv1d=conv1d, **options)
@@ -240,6 +252,26 @@ def trainable_parameters(model: nn.Module) -> int:
     8
     """
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def merged_copy(model: nn.Module) -> Any:
+    """Return a plain copy of a model with its active adapters merged, put on it by peft or by transformers itself.
+
+    ValueError where a LoKI adapter lies below another method's.
+    """
+    refuse_stacked(model)
+    plain: Any = copy.deepcopy(model)
+    if hasattr(plain, "merge_and_unload"):
+        return plain.merge_and_unload()
+    for name, module in list(plain.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            plain.set_submodule(name, module.get_base_layer())
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            plain.set_submodule(name, module.unload_and_optionally_merge_module(True, False, None))
+    del plain.peft_config
+    plain._hf_peft_config_loaded = False
+    return plain
 
 
 def load_adapted(

@@ -42,7 +42,9 @@ class LokiConfig(PeftConfig):
     layers: Any = field(
         default=None, metadata={"help": "Train only this layer of the selection, or these; kept as a sorted list."}
     )
-    r: int = field(default=0, metadata={"help": "Rank inside the selected rows; 0 trains them in full."})
+    r: Any = field(
+        default=0, metadata={"help": "Rank inside the selected rows, or their number where it is smaller; 0: in full."}
+    )
     loki_alpha: float | None = field(
         default=None, metadata={"help": "Scaling numerator for r > 0, as LoRA's alpha; default: r, a scaling of 1."}
     )
@@ -126,8 +128,10 @@ class LokiConfig(PeftConfig):
             raise ValueError(
                 "train_keys=True belongs to unit='neuron': a node has no row in the up- and gate-projection."
             )
-        if self.r < 0:
-            raise ValueError(f"r must be 0 (full) or a positive rank, got {self.r}.")
+        rank = _whole(self.r)
+        if rank is None or rank < 0:
+            raise ValueError(f"r must be 0 (the rows in full) or a positive whole rank, got {self.r!r}.")
+        self.r = rank
         if self.r == 0 and (self.loki_alpha is not None or self.use_rslora):
             raise ValueError("loki_alpha and use_rslora scale the low-rank form; give r > 0 or leave them out.")
         if self.layers is not None:
@@ -136,9 +140,21 @@ class LokiConfig(PeftConfig):
                 raise ValueError(
                     f"layers={self.layers} names {outside}, but the selection has layers 0 to {len(positions) - 1}."
                 )
-        if not any(positions[layer] for layer in (range(len(positions)) if self.layers is None else self.layers)):
+        if not self.highest_rank:
             within = "" if self.layers is None else f" within layers={self.layers}"
             raise ValueError(f"The selection is empty{within}: there is nothing to train; raise the quota.")
+        if self.r > self.highest_rank:
+            raise ValueError(
+                f"r={self.r} is more than the {self.highest_rank} {self.unit}s that a layer trains at most; give a "
+                "lower r, or r=0 to train them in full."
+            )
+
+    @property
+    def highest_rank(self) -> int:
+        """How many units are trained in the layer with the most of them."""
+        positions = self.positions or []
+        layers = range(len(positions)) if self.layers is None else self.layers
+        return max((len(positions[layer]) for layer in layers), default=0)
 
     @property
     def scaling(self) -> float:

@@ -60,9 +60,9 @@ class LokiLayer(nn.Module, BaseTunerLayer):
             self.loki_delta[adapter_name] = nn.Parameter(torch.zeros(n_out, n_in))
         else:
             generator = torch.Generator().manual_seed(config.init_seed * 100_003 + site.layer)
-            bound = 1 / math.sqrt(n_in)
-            random = torch.rand(config.r, n_in, generator=generator, device="cpu") * (2 * bound) - bound
-            self.loki_A[adapter_name] = nn.Parameter(torch.zeros(n_out, config.r))
+            rank, bound = min(config.r, len(site.index)), 1 / math.sqrt(n_in)
+            random = torch.rand(rank, n_in, generator=generator, device="cpu") * (2 * bound) - bound
+            self.loki_A[adapter_name] = nn.Parameter(torch.zeros(n_out, rank))
             self.loki_B[adapter_name] = nn.Parameter(random)
         if site.bias and getattr(self.get_base_layer(), "bias", None) is not None:
             self.loki_bias[adapter_name] = nn.Parameter(torch.zeros(len(site.index)))

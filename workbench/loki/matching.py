@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from bisect import bisect_left
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from peft import PeftConfig, ShiraConfig
 from torch import nn
 
 from .adapters import METHODS, Dense, adapter_for, attach, check_method
+from .config import LokiConfig
 from .sites import down_names, widths
 
 
@@ -50,9 +52,14 @@ def matched(method: str, count: int, model: Any, **options: Any) -> dict[str, An
     def size(r: int) -> int:
         return parameter_count(model, adapter_for(model, method, r=r, **options))
 
-    two = size(2)
-    guess = max(1, round(2 + 2 * (count - two) / (size(4) - two)))  # every size is linear in even ranks
-    ranks = {max(1, guess + shift) for shift in (-1, 0, 1)}
+    adapter = adapter_for(model, method, r=1, **options)
+    if isinstance(adapter, LokiConfig):
+        guess = 1 + bisect_left(range(1, adapter.highest_rank), count, key=size)
+        ranks = {max(1, guess - 1), guess}
+    else:
+        two = size(2)
+        guess = max(1, round(2 + 2 * (count - two) / (size(4) - two)))  # every other size is linear in even ranks
+        ranks = {max(1, guess + shift) for shift in (-1, 0, 1)}
     return {"r": min(sorted(ranks), key=lambda r: abs(size(r) - count))}
 
 

@@ -11,7 +11,17 @@ from torch import Tensor, nn
 
 from .config import LokiConfig
 from .layer import LokiLayer
-from .sites import DOWN_PROJECTIONS, Site, plan_sites
+from .sites import DOWN_PROJECTIONS, Site, found_modules, plan_sites
+
+
+def refuse_stacked(model: nn.Module) -> None:
+    """Raise ValueError where another method lies over a `LokiLayer`: peft would unload both and merge one."""
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and isinstance(getattr(module, "base_layer", None), LokiLayer):
+            raise ValueError(
+                f"The LoKI adapter of {name} lies below a {type(module).__name__} of another method, and peft cannot "
+                "merge both; put the other method on other modules."
+            )
 
 
 class LokiModel(BaseTuner):
@@ -32,6 +42,8 @@ class LokiModel(BaseTuner):
         """Plan every site, so that a selection that does not fit raises before the model is touched."""
         assert isinstance(peft_config, LokiConfig)
         assert peft_config.positions is not None
+        if peft_config.target_modules is None:  # peft wants them named, and an adapter says what it was trained on
+            peft_config.target_modules = found_modules(model)
         self._sites = plan_sites(
             model,
             peft_config.positions,
@@ -47,6 +59,13 @@ class LokiModel(BaseTuner):
             raise ValueError(
                 f"exclude_modules={peft_config.exclude_modules!r} leaves out every module that the selection trains."
             )
+        for name in self._sites:
+            module = model.get_submodule(name)
+            if isinstance(module, BaseTunerLayer) and not isinstance(module, LokiLayer):
+                raise ValueError(
+                    f"{name} already carries a {type(module).__name__} of another method; LoKI needs the plain "
+                    "projection, so attach the other method to other modules or merge it first."
+                )
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:  # type: ignore[override]
         found = super()._check_target_module_exists(peft_config, key)
@@ -67,15 +86,19 @@ class LokiModel(BaseTuner):
         if isinstance(target, LokiLayer):
             target.update_layer(adapter_name, site, peft_config)
             return
-        if isinstance(target, BaseTunerLayer):
-            raise ValueError(
-                f"{current_key} already carries a {type(target).__name__} of another method; LoKI needs the plain "
-                "projection, so attach the other method to other modules or merge it first."
-            )
         layer = LokiLayer(target, adapter_name, site, peft_config)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        refuse_stacked(self.model)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Add the deltas to the base weights in place; ValueError where another method lies over a `LokiLayer`."""
+        refuse_stacked(self.model)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; where it was active, the same remaining one becomes active in every layer."""

@@ -131,18 +131,24 @@ def down_projections(model: nn.Module, target_modules: str | Sequence[str] | Non
     config = getattr(model, "config", None)
     refuse_experts(config)
     names = dict(_outer_modules(model))
+    known = DOWN_PROJECTIONS.get(getattr(config, "model_type", ""))
     if target_modules is None:
-        known = DOWN_PROJECTIONS.get(getattr(config, "model_type", ""))
         target_modules = [known] if known else _down_by_structure(names, config)
     found: dict[int, str] = {}
     for name in names:
         if not _matches(target_modules, name):
             continue
         layer = next((int(part) for part in name.split(".") if part.isdigit()), None)
-        if layer is None or widths(names[name]) is None:
+        pair = widths(names[name])
+        if layer is None or pair is None:
             raise ValueError(
                 f"target_modules={target_modules!r} names {name} ({type(names[name]).__name__}), which is not a linear "
                 "projection inside a numbered block; name the down-projection of each layer."
+            )
+        if not (f".{name}".endswith(f".{known}") if known else _may_be_down(pair, config)):
+            raise ValueError(
+                f"target_modules={target_modules!r} names {name} ({pair[0]} to {pair[1]}), which is not the projection "
+                f"from d_mlp down to d_model; name {known or 'the down-projection of each layer'}, or leave it out."
             )
         if layer in found:
             raise ValueError(
@@ -156,6 +162,15 @@ def down_projections(model: nn.Module, target_modules: str | Sequence[str] | Non
             f"{type(model).__name__}, not in every layer from 0; name it with target_modules=[...]."
         )
     return dict(sorted(found.items()))
+
+
+def found_modules(model: nn.Module) -> list[str]:
+    """Return `target_modules` for a model of any family: one suffix where it names the down-projections and no more."""
+    found = down_projections(model)
+    suffixes = {name.split(f".{layer}.")[-1] for layer, name in found.items()}
+    if len(suffixes) == 1 and sum(_matches(list(suffixes), name) for name, _ in _outer_modules(model)) == len(found):
+        return list(suffixes)
+    return list(found.values())
 
 
 def plan_sites(
@@ -250,10 +265,7 @@ def _keys(names: dict[str, nn.Module], down: str) -> list[tuple[str, int]]:
 
 def _down_by_structure(names: dict[str, nn.Module], config: object) -> list[str]:
     """Find, in each numbered block, the one projection from d_mlp to d_model."""
-    model_type, d_model = getattr(config, "model_type", None), getattr(config, "hidden_size", None)
-    d_mlp = next(
-        (v for k in ("intermediate_size", "ffn_dim", "ffn_hidden_size") if (v := getattr(config, k, None))), None
-    )
+    model_type, (d_mlp, d_model) = getattr(config, "model_type", None), _stated_widths(config)
     fits = [
         name
         for name, module in names.items()
@@ -269,3 +281,17 @@ def _down_by_structure(names: dict[str, nn.Module], config: object) -> list[str]
             "with target_modules=[...]."
         )
     return fits
+
+
+def _stated_widths(config: object) -> tuple[Any, Any]:
+    """Return what a configuration says of (d_mlp, d_model), None where it says nothing."""
+    d_mlp = next(
+        (v for k in ("intermediate_size", "ffn_dim", "ffn_hidden_size") if (v := getattr(config, k, None))), None
+    )
+    return d_mlp, getattr(config, "hidden_size", None)
+
+
+def _may_be_down(pair: tuple[int, int], config: object) -> bool:
+    """Say whether a projection of these widths, which a user names, can be one from d_mlp to d_model."""
+    d_mlp, d_model = _stated_widths(config)
+    return pair[1] == (d_model or pair[1]) and (pair[0] > pair[1] or pair[0] == d_mlp)
