@@ -193,6 +193,15 @@ def test_conflict_rates_are_shares_of_pairs(llama) -> None:
         conflict_rates(found.sel(metric=["cosine"]))
 
 
+def test_a_result_says_how_many_draws_judge_its_pairs_and_one_draw_judges_none(llama) -> None:
+    _, found = llama
+    assert found.attrs["unit_draws"] == {name: 1 if name == "suppression" else 19 for name in ALL}
+    assert np.isnan(found["level"].sel(metric="suppression")).all()
+    assert np.isfinite(found["level"].drop_sel(metric="suppression")).all()
+    with pytest.raises(ValueError, match=r"pairs of 'suppression' are not judged: .* by another measure, as cosine\."):
+        colliding_pairs(found, metric="suppression")
+
+
 def test_key_statistics_are_moments_of_the_pairs_off_the_diagonal(llama) -> None:
     _, found = llama
     row = key_statistics(found).set_index("layer").loc[2]
@@ -286,12 +295,13 @@ def planted_measures(without: Sequence[tuple[int, int]] = (), subjects: Sequence
 
 def test_planted_interference_is_found_at_its_layer_and_nowhere_else_and_not_once_it_is_gone() -> None:
     found = planted_measures()
-    for metric in ("cosine", "jaccard", "superposition", "suppression"):
+    for metric in ("cosine", "jaccard", "superposition"):
         pairs = colliding_pairs(found, metric=metric)
         both = {(1, "Italy", "Spain"), (1, "Spain", "Italy")}
         wanted = {(1, "Italy", "Spain")} if METRICS[metric].symmetric else both
         assert set(zip(pairs["layer"], pairs["fact"], pairs["other"], strict=True)) == wanted, metric
     assert far_pairs(found) == {("Italy", "Spain", 1)}
+    assert suppressed(found) == {(1, "Italy", "Spain"), (1, "Spain", "Italy")}
     conflict = colliding_pairs(found, metric="gradient").iloc[0]
     assert (conflict["layer"], {conflict["fact"], conflict["other"]}) == (1, {"Italy", "Spain"})
     assert conflict["value"] < -0.5 < conflict["level"] <= 0
@@ -304,8 +314,16 @@ def test_planted_interference_is_found_at_its_layer_and_nowhere_else_and_not_onc
         planted_measures(subjects=["France", "Japan", "Kenya", "Italy"]),
     ):
         assert far_pairs(gone) == set()
-        for metric in ("cosine", "jaccard", "superposition", "suppression"):
+        assert suppressed(gone) == set()
+        for metric in ("cosine", "jaccard", "superposition"):
             assert colliding_pairs(gone, metric=metric).empty
+
+
+def suppressed(found: xr.Dataset) -> set[tuple[int, str, str]]:
+    """Pairs of facts of which one falls by a nat when the units of the other are silenced."""
+    values = found["value"].sel(metric="suppression").values
+    ids = [str(i) for i in found["fact"].values]
+    return {(int(layer), ids[i], ids[j]) for layer, i, j in np.argwhere(values > 1) if i != j}
 
 
 def far_pairs(found: xr.Dataset) -> set[tuple[str, str, int]]:

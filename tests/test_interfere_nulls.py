@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 
 from workbench.facts import FactSet
 from workbench.interfere import interference
+from workbench.interfere.measures import _of_chance
 from workbench.interfere.nulls import (
     BIN,
+    DRAWS,
     against_meaning,
     against_relations,
     by_chance,
@@ -173,11 +175,11 @@ def test_chance_is_a_percentile_of_the_largest_pairs() -> None:
         level = next(found)
         return np.array([[99.0, level], [level - 5, 99.0]])
 
-    free, matched = by_chance(again, 2, np.ones(4), generator=np.random.default_rng(0), draws=20)
-    assert [draw.largest for draw in (*free, *matched)] == list(range(40))
-    assert [draw.smallest for draw in free] == list(range(-5, 15))
+    free, matched = by_chance(again, 2, np.ones(4), generator=np.random.default_rng(0), matched=7)
+    assert [draw.largest for draw in (*free, *matched)] == list(range(26))
+    assert [draw.smallest for draw in free] == list(range(-5, 14))
     assert (free[1].mean, free[1].below, free[3].below) == (-1.5, 1.0, 0.0)
-    assert chance_level([draw.largest for draw in free]) == 19.0
+    assert chance_level([draw.largest for draw in free]) == 18.0
 
 
 def small() -> tuple[FactSet, xr.Dataset]:
@@ -207,7 +209,7 @@ def test_the_interval_of_a_rate_is_a_literal_bootstrap_over_facts() -> None:
 @pytest.mark.parametrize("matched", [False, True])
 def test_chance_is_exceeded_as_often_as_it_says(matched: bool) -> None:
     """Of 19 draws and one observation without structure, the observation is the largest in one of 20."""
-    draws, exceeded, planted = 19, [], []
+    exceeded, planted = [], []
     generator = np.random.default_rng(3)
     for _ in range(400):
         scores = generator.normal(size=(5, 48))
@@ -221,14 +223,14 @@ def test_chance_is_exceeded_as_often_as_it_says(matched: bool) -> None:
                 return mixed @ mixed.T
 
             size = np.arange(48.0)  # says nothing of these scores
-            nulls = by_chance(again, 5, size, generator=generator, draws=draws)[matched]
+            nulls = by_chance(again, 5, size, generator=generator)[matched]
             found.append(drawn(values @ values.T).largest > chance_level([draw.largest for draw in nulls]))
     assert 0.025 < np.mean(exceeded) < 0.08  # 5% of 400, within 2.5 standard errors
     assert np.mean(planted) > 0.99
 
 
 def test_some_layer_is_beyond_its_level_as_often_as_it_says() -> None:
-    """Of 19 draws, one result in 20 has a layer beyond; what is planted is found in its layer, and seldom elsewhere."""
+    """One result in 20 has a layer beyond at most; what is planted is found in its layer, and seldom elsewhere."""
     generator, any_layer, planted, elsewhere = np.random.default_rng(5), [], [], []
     scale = np.array([0.0, 0.1, 1.0, 1.0, 5.0, 1.0, 1.0, 1.0, 2.0, 1.0])  # of the layers, one without any spread
     for _ in range(400):
@@ -241,8 +243,36 @@ def test_some_layer_is_beyond_its_level_as_often_as_it_says() -> None:
     assert 0.02 < np.mean(any_layer) < 0.085
     assert np.mean(planted) > 0.9
     assert np.mean(elsewhere) < 0.085
-    assert level_of_all(np.array([[1.0, 2.0], [0.0, 5.0]])).tolist() == [5.0, 5.0]  # two draws: the largest of all
-    assert level_of_all(np.ones((3, 2))).tolist() == [1.0, 1.0]
+    assert np.isnan(level_of_all(np.ones((DRAWS - 1, 2)))).all()  # too few to judge by
+    assert level_of_all(np.ones((DRAWS, 2))).tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("harmful", [1, -1])
+def test_pairs_collide_by_chance_in_one_result_of_twenty(harmful: int) -> None:
+    """300 results of four layers without structure, from their draws to their levels; and with a planted pair."""
+    generator, found, planted = np.random.default_rng(11), [], []
+    for _ in range(300):
+        scores = generator.normal(size=(4, 5, 48)) * np.array([1.0, 3.0, 1.0, 0.2])[:, None, None]
+        loud = scores[:, 1] * (np.arange(4) == 2)[:, None]
+        for values, beyond in (
+            (scores, found),
+            (scores + harmful * 4 * np.eye(5)[0][:, None] * loud[:, None], planted),
+        ):
+            layers = [
+                by_chance(lambda order, x=x: products(x, order), 5, np.ones(48), generator=generator, matched=1)
+                for x in values
+            ]
+            level = _of_chance(list(zip(*layers, strict=True)), harmful)["level"]
+            pairs = np.stack([products(x)[np.triu_indices(5, 1)] for x in values])
+            beyond.append((harmful * (pairs - level[:, None]) > 0).any(1))
+    assert 0.015 < np.mean([any(of) for of in found]) < 0.085  # 5% within binomial error
+    assert np.mean([of[2] for of in planted]) > 0.95
+    assert np.mean([of[[0, 1, 3]].any() for of in planted]) < 0.085
+
+
+def products(values: np.ndarray, order: np.ndarray | None = None) -> np.ndarray:
+    mixed = values if order is None else np.take_along_axis(values, order, axis=1)
+    return mixed @ mixed.T
 
 
 def test_results_of_before_stay_valid_and_new_columns_are_checked() -> None:

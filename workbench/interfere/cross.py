@@ -33,8 +33,9 @@ def suppression(problem: Problem) -> Iterator[Found]:
     Not symmetric.
 
     Each pair and layer is a query of the engine, and the nulls take two more: random units, as many as j's own, and
-    random units of similar mean |activation| at that token. The cost grows with facts^2 x layers: 50 facts on a model
-    of 30 layers are 225,000 queries of one token; choose few facts.
+    random units of similar mean |activation| at that token, one draw of each, which is too few to judge a pair. The
+    cost grows with facts^2 x layers: 50 facts on a model of 30 layers are 225,000 queries of one token; choose few
+    facts.
     """
     model, layers = problem.opened, problem.layers
     unit = str(problem.attribution.attrs["unit"])

@@ -15,8 +15,8 @@ from workbench.interfere.problem import Found, Matrix, Problem
 from workbench.models import HookedModel, Patch
 from workbench.recollection import answer_losses, by_length
 
-#: Draws of the shuffled neurons: each costs as much as the measure itself.
-DRAWS = 4
+#: Draws of the matched null, which judges no pair: each costs as much as the measure itself.
+MATCHED = 4
 #: Tokens in one pass forward and back, and in one block of inner products.
 TOKENS_PER_PASS = 256
 BLOCK = 1024
@@ -70,7 +70,7 @@ def _found(rows: Rows, owner: Int[Tensor, " row"], n_facts: int, generator: np.r
 
     products = inner_products(slope, key, owner, n_facts)
     size = key.abs().double().mean(0).numpy()
-    nulls = by_chance(again, n_facts, size, generator=generator, draws=DRAWS)
+    nulls = by_chance(again, n_facts, size, generator=generator, matched=MATCHED)
     rates = [[float(np.mean([draw.below for draw in null]))] for null in nulls]
     below = dict(zip(("conflict_chance", "conflict_matched"), rates, strict=True))
     return Found(_cosines(products), *nulls, by_fact={"gradient_norm": np.sqrt(np.diag(products))}, notes=below)

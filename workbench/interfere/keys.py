@@ -14,9 +14,6 @@ from workbench.interfere.problem import Found, Matrix, Problem
 from workbench.models import Patch, pad_batch
 from workbench.recollection import by_length
 
-#: Draws of the shuffled keys.
-DRAWS = 19
-
 
 def superposition(problem: Problem) -> Iterator[Found]:
     """`p_ij = k_j^T C^-1 k_i / (k_i^T C^-1 k_i)`: what an edit that gives k_i a new value adds to the output at k_j.
@@ -46,7 +43,7 @@ def _superposition(problem: Problem, text: Iterator[tuple[int, Moment]]) -> Iter
             return _projections(np.take_along_axis(white, order, axis=1))
 
         size = np.abs(white).mean(0)
-        nulls = by_chance(again, len(white), size, generator=problem.generator(layer), draws=DRAWS)
+        nulls = by_chance(again, len(white), size, generator=problem.generator(layer))
         notes = {"text_tokens": moment.tokens, "keys_at_last_token": fallen_back, "shrinkage": [shrinkage]}
         yield Found(_projections(white), *nulls, notes=notes)
 

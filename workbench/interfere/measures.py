@@ -99,9 +99,9 @@ def interference(
         any two facts reaches when every fact's units are shuffled, in `unit_draws` draws (an attribute, by metric: n
         draws are exceeded by chance in one layer of n + 1), and `matched_chance` when they are shuffled among units of
         similar size only; `expected`, the mean value of two facts when units are shuffled; `level`, beyond which a pair
-        collides, corrected over layers (see `colliding_pairs`). With a model, `meaning` (fact, other), how near two
-        facts are by the embedding, and per metric and layer its rank correlation with the value `meaning_rho`,
-        `meaning_p` (Mantel) and `meaning_q`.
+        collides, corrected over layers (see `colliding_pairs`; NaN for "suppression", whose one draw judges no pair).
+        With a model, `meaning` (fact, other), how near two facts are by the embedding, and per metric and layer its
+        rank correlation with the value `meaning_rho`, `meaning_p` (Mantel) and `meaning_q`.
         `load` (layer, unit): mean |score| over facts, what the facts lean on. With "gradient", `gradient_norm`
         (layer, fact).
 

@@ -15,6 +15,8 @@ from workbench.intervals import bootstrap, standard_ranks
 Order = Int[np.ndarray, "fact unit"]
 Values = Float[np.ndarray, "layer fact other"]
 
+#: Draws of shuffled units, the least by which pairs are judged: one result in 20 lies beyond all of them by chance.
+DRAWS = 19
 #: Units in a bin of the matched null: a unit is swapped only among its nearest in size.
 BIN = 16
 #: Differences below this share of the largest value are rounding when a null draw is compared with what was observed.
@@ -47,14 +49,14 @@ def matched_orders(n_facts: int, size: Float[np.ndarray, " unit"], generator: np
 
 def by_chance(
     again: Callable[[Order], Matrix], n_facts: int, size: Float[np.ndarray, " unit"], *,
-    generator: np.random.Generator, draws: int,
+    generator: np.random.Generator, matched: int = DRAWS,
 ) -> tuple[list[Draw], list[Draw]]:  # fmt: skip
-    """What `draws` draws of shuffled units give, and as many of units shuffled within their bins.
+    """What `DRAWS` draws of shuffled units give, and `matched` draws of units shuffled within their bins.
 
     `again` gives the measure when fact i's unit u does what its unit `order[i, u]` did.
     """
-    free = [drawn(again(orders(n_facts, len(size), generator))) for _ in range(draws)]
-    return free, [drawn(again(matched_orders(n_facts, size, generator))) for _ in range(draws)]
+    free = [drawn(again(orders(n_facts, len(size), generator))) for _ in range(DRAWS)]
+    return free, [drawn(again(matched_orders(n_facts, size, generator))) for _ in range(matched)]
 
 
 def drawn(matrix: Matrix) -> Draw:
@@ -77,19 +79,19 @@ def chance_level(largest: list[float]) -> float:
 
 
 def level_of_all(largest: Float[np.ndarray, "draw layer"]) -> Float[np.ndarray, " layer"]:
-    """What the largest pair of each layer has to exceed, so that any layer does by chance in one result of n + 1.
+    """What the largest pair of each layer has to exceed, so that any layer does by chance in 5% of results at most.
 
     The correction over layers. Every draw is set against the others in standard deviations of its layer (their square
     half the layer's own variance, half the mean one, which steadies both); a layer's level lies above the mean of its
-    draws by the largest such distance of any draw in any layer. Of fewer than 3 draws, the largest of all layers.
+    draws by the largest such distance of any draw in any layer. Of fewer than `DRAWS` draws no level is told: NaN.
     """
 
     def spread(rows: Float[np.ndarray, "row layer"]) -> Float[np.ndarray, " layer"]:
         own = rows.var(0, ddof=1)
         return np.sqrt((own + own.mean()) / 2)
 
-    if len(largest) < 3:
-        return np.full(largest.shape[1], largest.max())
+    if len(largest) < DRAWS:
+        return np.full(largest.shape[1], np.nan)
     farthest = 0.0
     for place, draw in enumerate(largest):
         others = np.delete(largest, place, axis=0)

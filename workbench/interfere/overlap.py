@@ -8,9 +8,6 @@ from jaxtyping import Bool, Float
 from workbench.interfere.nulls import by_chance
 from workbench.interfere.problem import Found, Matrix, Problem, Scores
 
-#: Draws of the shuffled units.
-DRAWS = 19
-
 
 def cosine(scores: Scores, top: int) -> Matrix:
     """Cosine of the |score| vectors of two facts; 0 where a fact has no score at all.
@@ -64,7 +61,7 @@ def _overlaps(
             return combine(np.take_along_axis(made, order, axis=1))
 
         size = np.abs(scores).mean(0).astype(np.float64)
-        nulls = by_chance(again, len(scores), size, generator=problem.generator(layer), draws=DRAWS)
+        nulls = by_chance(again, len(scores), size, generator=problem.generator(layer))
         yield Found(combine(made), *nulls)
 
 

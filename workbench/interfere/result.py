@@ -22,9 +22,9 @@ def within_across(result: xr.Dataset) -> pd.DataFrame:
 def colliding_pairs(result: xr.Dataset, *, metric: str = "cosine") -> pd.DataFrame:
     """Pairs of facts whose value lies beyond chance, strongest first.
 
-    Beyond chance is beyond the `level` of the layer: further than any pair is in draws of shuffled units, corrected
-    over layers; without collisions one result in n + 1 has some, n the draws (`unit_draws`). Where low values are the
-    harmful ones, as of "gradient", beyond is below.
+    Beyond chance is beyond the `level` of the layer: further than any pair is in draws of shuffled units (`unit_draws`,
+    19), corrected over layers; without collisions 5% of results have some at most. Where low values are the harmful
+    ones, as of "gradient", beyond is below.
 
     Returns:
         Frame with layer, fact, other, same_relation, value, level, and matched_chance, what the largest pair reaches by
@@ -33,12 +33,18 @@ def colliding_pairs(result: xr.Dataset, *, metric: str = "cosine") -> pd.DataFra
         direction that is beyond; `fact` is the one that suffers.
 
     Raises:
-        ValueError: a measure that the result lacks, or a result from before there were levels.
+        ValueError: a measure that the result lacks, a result from before there were levels, or "suppression", of whose
+            null there is one draw, too few to judge pairs by.
     """
     _asked(result, metric)
     if "level" not in result:
         raise ValueError("This result is from before there were levels: compute the interference again.")
     harmful = METRICS[metric].harmful if metric in METRICS else 1
+    if result["level"].sel(metric=metric).isnull().all():
+        raise ValueError(
+            f"The pairs of {metric!r} are not judged: one draw of its null is too few. Read `value` beside `chance`, "
+            f"or judge by another measure, as {next(name for name in METRICS if name != metric)}."
+        )
     rows = []
     relations = groups(result["relation"].values)
     ids = result["fact"].values
