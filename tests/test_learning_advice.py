@@ -1,6 +1,7 @@
 """Advice on layers against `interference_aware`; the figures, the commands and the study of the room."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -38,6 +39,27 @@ def test_budgets_are_those_of_interference_aware_and_feed_per_layer_budget(quota
     assert chosen.per_layer()["n_selected"].tolist() == advice["budget"].tolist()
     assert chosen == aware
     assert advice["percent"].to_numpy() == pytest.approx(advice["budget"].to_numpy() / 40 * 100)
+
+
+def test_what_is_advised_of_new_facts_is_what_interference_aware_gives_every_layer() -> None:
+    interference, scores = clashes(), dataset(distinct(3, 6, 4, 40), model_digest="m")
+    fresh = distinct(1, 5, 4, 40)
+    fresh[:, 0] = interference["load"].values[0]  # new facts lean where retained ones do, in the layer with most room
+    new = dataset(fresh, model_digest="m")
+    advice = layer_advice(interference, new=new)
+    beside = {"interference": interference, "new": new}
+    by_itself = select(scores, strategy="interference_aware", quota=10, **beside)
+    chosen = select(scores, strategy="interference_aware", quota=quotas(advice, 40), **beside)
+    budgets = advice["budget"].tolist()
+    assert chosen.per_layer()["n_selected"].tolist() == budgets != by_itself.per_layer()["n_selected"].tolist()
+    assert budgets[0] < by_itself.per_layer()["n_selected"].max() / 4  # it has the most by collisions alone
+    assert chosen.origin["weights"] == {"collision": 0.0, "load": 1.0, "new": 1.0}
+    flat = dict.fromkeys(range(4), 10)
+    units = select(scores, strategy="interference_aware", quota=10, **beside, weights={"collision": 0})
+    assert select(scores, strategy="interference_aware", quota=flat, **beside) == units  # load and new still choose
+    assert units != select(scores, strategy="per_layer_budget", quota=flat)
+    with pytest.raises(ValueError, match="leave out the weight of collision"):
+        select(scores, strategy="interference_aware", quota=flat, **beside, weights={"collision": 1})
 
 
 def test_quotas_say_every_budget_of_every_width() -> None:
@@ -188,6 +210,23 @@ def test_predict_and_advise_read_stored_results(
     assert "even share" in capsys.readouterr().out
     told = layer_advice(clashes(), new=dataset(distinct(1, 1, 4, 40)), quota=20, weights={"new": 0.5})
     assert pd.read_csv(tmp_path / "advice.csv")["budget"].tolist() == told["budget"].tolist()
+    with open_store(
+        tmp_path / "old", ids=["a", "b"], relations=["r"] * 2, n_layers=4, n_units=40, attrs={"unit": "node"}
+    ) as old:
+        old.write([0, 1], distinct(2, 2, 4, 40), None, None)
+    beside = ("--strategy", "interference_aware", "--interference", tmp_path / "c", "--new", tmp_path / "new")
+    for suffix in ("csv", "parquet"):
+        save = ("--new", tmp_path / "new", "--out", tmp_path / f"shares.{suffix}")
+        assert call(monkeypatch, "advise", tmp_path / "c", "--quota", 15, *save) == 0
+        rows = tmp_path / f"rows_{suffix}.json"
+        shares = ("--advice", tmp_path / f"shares.{suffix}")
+        assert call(monkeypatch, "select", tmp_path / "old", "--out", rows, *beside, *shares) == 0
+        budgets = layer_advice(clashes(), new=dataset(distinct(1, 1, 4, 40)), quota=15)["budget"].tolist()
+        assert [len(of) for of in json.loads(rows.read_text(encoding="utf-8"))] == budgets
+    capsys.readouterr()
+    for wrong, words in ((tmp_path / "table.csv", "no file"), (out, "no columns layer and percent")):
+        assert call(monkeypatch, "select", tmp_path / "old", "--out", rows, *beside, "--advice", wrong) == 1
+        assert words in " ".join(capsys.readouterr().err.split())
     small = measured(interference["value"].values[..., :4, :4], ["good", "idle"])
     save_result(small, tmp_path / "small")
     save_result(harms(np.eye(4)), tmp_path / "few", kind="harm")

@@ -122,7 +122,7 @@ def advise_command(
     seed: Seed = 0,
     out: Out = None,
 ) -> None:
-    """Recommend how many units of every layer to train, and say why; --out keeps the table."""
+    """Recommend how many units of every layer to train, and say why; --out keeps the table, for select --advice."""
     check_table(out, interference, new)
     from workbench.learning import layer_advice
     from workbench.results import open_result

@@ -13,7 +13,7 @@ Strategy = Annotated[
     str,
     Parameter(
         help="layer_balanced, layer_highest, global_lowest, global_highest, random, global_random, or "
-        "interference_aware, which reads --interference, --new and --weights"
+        "interference_aware, which reads --interference, --new, --weights and --advice"
     ),
 ]
 
@@ -34,6 +34,9 @@ class Choice:
         None
     )
     new: Annotated[Path | None, Parameter(help="a result of `workbench attribute` for the facts to be taught")] = None
+    advice: Annotated[
+        Path | None, Parameter(help="table of `workbench advise`: every layer's share, in place of --quota")
+    ] = None
     weights: Annotated[
         dict[str, float] | None, Parameter(help="of the terms collision, load, new: --weights.load 0 leaves load out")
     ] = None
@@ -45,7 +48,23 @@ class Choice:
 
         opened = {name: open_result(path) for name in ("interference", "new") if (path := getattr(self, name))}
         found: dict[str, Any] = {name: getattr(self, name) for name in ("quota", "score", "layers", "seed")}
+        if self.advice is not None:
+            found["quota"] = _advised(self.advice)
         return found | {"strategy": strategy} | opened | ({"weights": self.weights} if self.weights else {})
+
+
+def _advised(table: Path) -> dict[int, float]:
+    """The share of every layer, in percent, as `advise` wrote it."""
+    import pandas as pd
+
+    from workbench.results import load_frame
+
+    if not table.is_file():
+        raise FileNotFoundError(f"There is no file {table} (advice).")
+    frame = pd.read_csv(table, dtype=str) if table.suffix == ".csv" else load_frame(table)  # text is read to the bit
+    if not {"layer", "percent"} <= set(frame):
+        raise ValueError(f"{table} has no columns layer and percent: give a table of `workbench advise`.")
+    return dict(zip(frame["layer"].astype(int), frame["percent"].astype(float), strict=True))
 
 
 @app.command(name="select")
@@ -116,7 +135,7 @@ def agreement_command(
 
     check_table(out)
     scores = open_result(attribution, kind="attribution")
-    plain = replace(choice, interference=None, new=None, weights=None)
+    plain = replace(choice, interference=None, new=None, weights=None, advice=None)
     compared = {
         name: select(scores, **(choice if name in READ_INTERFERENCE else plain).options(name)) for name in strategies
     }

@@ -31,8 +31,8 @@ def layer_advice(
     The budgets share out what `quota` gives by `max(0, 1 - w z)`, as the strategy `interference_aware` does, with z
     the standard deviations by which a layer's collisions lie above those of the others. Without `new` (or with the
     weight of new 0) they are exactly its budgets; with `new`, z also has the overlap of new and retained facts.
-    That strategy counts new facts by unit and never by layer, so that with `new` the two may give a layer different
-    budgets; to train by the advice, `select(strategy="per_layer_budget", quota=quotas(advice, n_units))`.
+    That strategy counts new facts by unit and never by layer; to have it give every layer what was advised,
+    `select(strategy="interference_aware", quota=quotas(advice, n_units), ...)`.
 
     Args:
         interference: a result of `interference` for the retained facts; of its measures the overlaps "cosine"
@@ -65,12 +65,14 @@ def layer_advice(
         pressure = pressure + weight["new"] * _standardised(frame["overlap"].to_numpy())
     total = units_in(quota, source.n_units, "a layer") * len(source.layers)
     budget = layer_budgets(total, pressure, 1.0, source.n_units)
-    frame = frame.assign(budget=budget, percent=100 * np.array(budget) / source.n_units)
+    frame = frame.assign(budget=budget, percent=[_percent(units, source.n_units) for units in budget])
     return frame.assign(reason=[_reason(row, total / len(frame)) for _, row in frame.iterrows()])
 
 
 def quotas(advice: pd.DataFrame, n_units: int) -> dict[int, float]:
-    """The budgets as percentages for `select(strategy="per_layer_budget", quota=...)`, which gives as many units.
+    """The budgets as percentages for `select(quota=...)`, which gives as many units.
+
+    For the strategies "interference_aware" and "per_layer_budget".
 
     Raises:
         ValueError: a layer of which all units are to be trained, which no percentage below 100 says.
@@ -82,11 +84,16 @@ def quotas(advice: pd.DataFrame, n_units: int) -> dict[int, float]:
     for layer, budget in zip(advice["layer"], advice["budget"], strict=True):
         if budget >= n_units:
             raise ValueError(f"All units of layer {layer} are to be trained: give layer_advice a smaller quota.")
-        percent = 100 * budget / n_units
-        while Fraction(str(percent)) * n_units < 100 * int(budget):  # as the selection reads it
-            percent = nextafter(percent, 100.0)
-        found[int(layer)] = float(percent)
+        found[int(layer)] = _percent(int(budget), n_units)
     return found
+
+
+def _percent(budget: int, n_units: int) -> float:
+    """The least percentage that the selection reads as so many units."""
+    percent = 100 * budget / n_units
+    while Fraction(str(percent)) * n_units < 100 * budget:
+        percent = nextafter(percent, 100.0)
+    return float(percent)
 
 
 def _checked(weights: Mapping[str, int | float] | None) -> dict[str, float]:

@@ -17,9 +17,11 @@ from workbench.selection.voting import (
     ScoreSource,
     elect,
     exact_totals,
+    is_per_layer,
     score_source,
     tally,
     units_in,
+    units_per_layer,
     votes_per_layer,
 )
 
@@ -47,10 +49,15 @@ def interference_aware(source: ScoreSource, quota: Quota, seed: int, *, evidence
     standard deviations. Unit: `votes / facts - w rank(load) + w rank(help)`, ranks within the layer from 0 to 1; ties
     go to the lower mean score, then to the lower index. Where the load weight w is above 1, no number of votes makes up
     for a load that ranks 1 / w higher: the units that facts lean on most are out.
+
+    A percentage for each layer, as `layer_advice` gives (`quotas`), stands in the place of the first term.
     """
-    each = units_in(quota, source.n_units, "a layer")
     weight = evidence.weights
-    budgets = layer_budgets(each * len(source.layers), evidence.collision, weight["collision"], source.n_units)
+    if is_per_layer(quota):
+        budgets = units_per_layer(quota, source)
+    else:
+        each = units_in(quota, source.n_units, "a layer")
+        budgets = layer_budgets(each * len(source.layers), evidence.collision, weight["collision"], source.n_units)
     tallied = tally(source, lambda chunk: votes_per_layer(chunk, budgets))
     voted = tallied.votes / source.scores.sizes["fact"]
     utility = voted - weight["load"] * evidence.load + weight["new"] * evidence.help

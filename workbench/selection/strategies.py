@@ -19,6 +19,7 @@ from workbench.selection.voting import (
     Quota,
     ScoreSource,
     elect,
+    is_per_layer,
     score_source,
     tally,
     units_in,
@@ -44,7 +45,8 @@ def select(
 
     Every fact marks the units with its lowest scores; the units with the most marks are kept; ties go to the lower mean
     score, then to the lower index. `quota` is a percentage in (0, 100) of the units of the eligible layers (for
-    `per_layer_budget`: one percentage per layer, 0 freezes it). `score="magnitude"` ranks absolute scores. `layers`
+    `per_layer_budget` one percentage per layer, 0 freezes it; `interference_aware` takes either, and leaves collisions
+    out where the layers' shares are given). `score="magnitude"` ranks absolute scores. `layers`
     names the eligible layers; the others stay frozen. Facts stream by in chunks, so a stored result is never loaded
     whole. Raises `ValueError` for an unknown strategy, a quota without a unit, or scores that are not finite.
 
@@ -77,6 +79,7 @@ def select(
     }
     beside = {}
     if reads:
+        weights = _left(weights) if is_per_layer(quota) else weights
         evidence = gather_evidence(source, attribution, interference, new, weights)
         beside = {"evidence": evidence}
         others = {"interference": interference, "new": new}
@@ -95,6 +98,13 @@ def check_choice(strategy: str, quota: int | float, n_units: int | None = None) 
     if strategy not in known:
         raise ValueError(f"strategy must be one of {', '.join(known)}, not {strategy!r}.")
     units_in(quota, n_units or 10**9, "a layer")
+
+
+def _left(weights: Mapping[str, int | float] | None) -> dict[str, int | float]:
+    """The weights of the terms that are left where the layers' shares are given."""
+    if (weights or {}).get("collision"):
+        raise ValueError("The quota says what every layer gets: leave out the weight of collision, or give one quota.")
+    return {**(weights or {}), "collision": 0}
 
 
 def _plain(ds: xr.Dataset) -> dict[str, Any]:

@@ -207,20 +207,25 @@ def units_in(quota: Quota, n_units: int, place: str) -> int:
     return k
 
 
+def is_per_layer(quota: Quota) -> bool:
+    """Whether a quota says a percentage for each layer rather than one for all."""
+    return isinstance(quota, Mapping | Sequence) and not isinstance(quota, str)
+
+
 def units_per_layer(quota: Quota, source: ScoreSource) -> list[int]:
     """The number of units of each eligible layer for a mapping (layer -> percentage) or a sequence over all layers."""
-    if not isinstance(quota, Mapping | Sequence) or isinstance(quota, str):
+    if not is_per_layer(quota):
         raise ValueError(f"per_layer_budget takes one percentage per layer (a list or a mapping), not {quota!r}.")
     if not isinstance(quota, Mapping) and len(quota) != source.n_layers:
-        raise ValueError(f"per_layer_budget got {len(quota)} percentages for {source.n_layers} layers.")
+        raise ValueError(f"The quota has {len(quota)} percentages for {source.n_layers} layers.")
     shares = dict(quota) if isinstance(quota, Mapping) else dict(enumerate(quota))
     unknown = sorted(set(shares) - set(range(source.n_layers)))
     if unknown:
-        raise ValueError(f"per_layer_budget names layer {unknown[0]}, but there are layers 0 to {source.n_layers - 1}.")
+        raise ValueError(f"The quota names layer {unknown[0]}, but there are layers 0 to {source.n_layers - 1}.")
     named = [(layer, shares.get(layer, 0)) for layer in source.layers]
     budgets = [units_in(share, source.n_units, f"layer {layer}") if share != 0 else 0 for layer, share in named]
     if not any(budgets):
-        raise ValueError("per_layer_budget freezes every eligible layer: give one of them more than 0 percent.")
+        raise ValueError("The quota freezes every eligible layer: give one of them more than 0 percent.")
     return budgets
 
 
