@@ -197,6 +197,39 @@ def test_examples_positions_and_a_search(inputs, tmp_path) -> None:
     assert load_json(out / "adapter/adapter_config.json")["positions"] == [[0], [1], [2]]
 
 
+def trained_layers(out) -> set[int]:
+    """The layers whose weights a fine-tune changed."""
+    before, after = wb.load_model(str(out / "merged")).hf, wb.load_model(load_json(out / "settings.json")["model"]).hf
+    pairs = zip(before.named_parameters(), after.parameters(), strict=True)
+    return {int(name.split(".")[2]) for (name, one), other in pairs if not torch.equal(one, other)}
+
+
+def test_every_method_is_restricted_to_layers_alike(inputs, tmp_path, monkeypatch, capsys) -> None:
+    rows = tmp_path / "rows.json"
+    rows.write_text("[[0, 5], [], [3, 8]]")
+    always = ["--model", inputs["model"], "--data", inputs["mine"], "--retained", inputs["known"], "--epochs", "1",
+              "--max-facts", "2", "--quota", "25", "--learning-rate", "0.02", "-q"]  # fmt: skip
+    ways = {
+        "a": (["--method", "lora", "--selection", str(rows)], {0, 2}),  # where the selection has units
+        "b": (["--method", "full_ffn", "--selection", str(rows), "--layers", "1", "2"], {2}),
+        "c": (["--method", "ia3", "--layers", "1"], {1}),
+        "d": (["--layers", "0", "1"], {0, 1}),  # loki selects there only
+        "e": (["--selection", str(rows), "--layers", "0"], {0}),
+        "f": (["--method", "lora"], {0, 1, 2}),
+    }
+    for name, (arguments, layers) in ways.items():
+        assert call(monkeypatch, "implant", *always, *arguments, "--out", str(tmp_path / name)) == 0
+        assert trained_layers(tmp_path / name) == layers, name
+    for arguments in (["--layers", "3"], ["--method", "lora", "--layers", "3"]):
+        capsys.readouterr()
+        assert call(monkeypatch, "implant", *always, *arguments, "--out", str(tmp_path / "g")) == 1
+        assert "layers holds 3; the layers of this model are 0 to 2" in capsys.readouterr().err
+        assert not (tmp_path / "g").exists()  # the same folder can be given again
+    rows.write_text("[[0], [1]]")
+    with pytest.raises(ValueError, match="2 layers but"):
+        finetune(asked(inputs, method="lora", selection=str(rows)), tmp_path / "h", progress=False)
+
+
 def test_the_command_equals_the_function(inputs, tmp_path, monkeypatch, capsys) -> None:
     arguments = ["--model", inputs["model"], "--data", inputs["mine"], "--retained", inputs["known"], "--quota", "25",
                  "--max-facts", "2", "--epochs", "2", "--learning-rate", "0.02", "--batch-size", "1",
@@ -243,7 +276,9 @@ def test_only_what_a_filter_keeps_is_taught(rule, inputs, tmp_path, monkeypatch)
         (["--data", "fictional:3", "--filter", "spread", "--filter-weight", "-1"], "weight must be a finite number"),
         (["--data", "fictional:3", "--method", "magic"], "'magic' is not known; choose one of loki, lora"),
         (["--data", "fictional:3", "--method", "ia3", "--rank", "4"], "takes no rank"),
-        (["--data", "fictional:3", "--method", "lora", "--selection", "x.json"], "takes no selection"),
+        (["--data", "fictional:3", "--method", "full", "--selection", "x.json"], "takes no selection"),
+        (["--data", "fictional:3", "--method", "ln_tuning", "--layers", "1", "2"], "takes no layers"),
+        (["--data", "fictional:3", "--method", "lora", "--selection", "x.json"], "no file x.json (selection)"),
         (["--data", "fictional:3", "--selection", "x.json"], "no file x.json (selection)"),
         (["--data", "fictional:3", "--general", "x.txt"], "no text file x.txt"),
         (["--data", "fictional:3", "--strategy", "best"], "strategy must be one of"),

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from workbench.facts import ExampleSet, Fact, FactSet, general_text, load_facts,
 from workbench.filtering import check_options, filter_facts
 from workbench.forgetting import measure_forgetting
 from workbench.interfere import interference
-from workbench.loki import METHODS, adapter_for, check_method, parameter_count
+from workbench.loki import EVERYWHERE, METHODS, adapter_for, check_method, parameter_count
 from workbench.models import HookedModel, load_model
 from workbench.opening import open_model
 from workbench.recollection import read_facts, recall, text_chunks
@@ -55,9 +55,9 @@ def finetune(asked: FineTune, out: str | Path, *, command: str = "", progress: b
     """
     data, retained = check(asked, Path(out))
     folder = RunDir(Path(out))
+    way = _Way(asked, data, retained, folder, command, progress)  # before the folder: what does not fit leaves none
     folder.file("stages").mkdir(parents=True, exist_ok=True)
     with folder.lock():
-        way = _Way(asked, data, retained, folder, command, progress)
         save_json(asked.settings(), folder.file("settings.json"))
         units = None if asked.selection is None else load_json(asked.selection)
         key = {"settings": asked.settings(), "model": way.model.digest, "data": way.data.digest,
@@ -73,9 +73,13 @@ def finetune(asked: FineTune, out: str | Path, *, command: str = "", progress: b
 def check(asked: FineTune, out: Path) -> tuple[FactSet | ExampleSet, FactSet]:
     """The data and the retained facts; raise for everything that can be known to be wrong before a model is opened."""
     kind = check_method(asked.method)
-    for name, value in (("rank", asked.rank), ("selection", asked.selection)):
-        needs = METHODS[kind].ranked if name == "rank" else kind == "loki"
-        if value is not None and not needs:
+    everywhere = kind in EVERYWHERE
+    for name, value, fits in (
+        ("rank", asked.rank, METHODS[kind].ranked),
+        ("selection", asked.selection, not everywhere),
+        ("layers", asked.layers, not everywhere),
+    ):
+        if value is not None and not fits:
             raise ValueError(f"The method {asked.method!r} takes no {name}; leave it out.")
     check_choice(asked.strategy, asked.quota)
     if asked.selection is not None and not Path(asked.selection).is_file():
@@ -146,6 +150,7 @@ class _Way:
             parameter_count(self.model, self._adapter())  # raises where it does not fit the model
         else:
             check_choice(asked.strategy, asked.quota, self.model.width(asked.unit))
+            adapter_for(self.model, asked.method, selection=[[0]] * self.model.n_layers, layers=asked.layers)
 
     def _filtered(self, facts: FactSet) -> FactSet:
         """The facts that the filter keeps, by what the model says of them before training."""
@@ -227,17 +232,27 @@ class _Way:
         if asked.strategy in READ_INTERFERENCE:
             beside = {"interference": interference(self.model, self.attributed, scores, seed=self.training.seed)}
         options: dict[str, Any] = {"strategy": asked.strategy, "score": asked.score, "seed": self.training.seed}
-        chosen = select(scores, quota=asked.quota, **options, **beside)
+        chosen = select(scores, quota=asked.quota, layers=asked.layers, **options, **beside)
         chosen.save(self.folder.file("selection.json"))
 
     def _adapter(self) -> Any:
         """A fresh configuration of the method."""
         options: dict[str, Any] = {} if self.asked.rank is None else {"r": self.asked.rank}
+        layers: Collection[int] | None = self.asked.layers
         if self.loki and self.asked.selection:
             options |= {"selection": self.asked.selection, "unit": self.asked.unit}
         elif self.loki:
             options |= {"selection": Selection.load(self.folder.file("selection.json"))}
-        return adapter_for(self.model, self.asked.method, **options)
+        elif self.asked.selection:
+            layers = self._layers_of(self.asked.selection)
+        return adapter_for(self.model, self.asked.method, layers=layers, **options)
+
+    def _layers_of(self, path: str) -> list[int]:
+        """The layers in which a selection has units, of those asked for."""
+        config = adapter_for(self.model, "loki", selection=path, unit=self.asked.unit, layers=self.asked.layers)
+        parameter_count(self.model, config)  # raises where the selection is not of this model
+        chosen = range(self.model.n_layers) if self.asked.layers is None else sorted(set(self.asked.layers))
+        return [layer for layer in chosen if config.positions[layer]]  # type: ignore[union-attr]
 
     def _train(self) -> None:
         settings = self.training

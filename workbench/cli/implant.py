@@ -29,7 +29,10 @@ def implant_command(
     ] = "magnitude",
     selection: Annotated[
         Path | None,
-        Parameter(help="loki: a position file or selection.json to train, without attribution"),
+        Parameter(help="a position file or selection.json: loki trains it without attribution, others its layers"),
+    ] = None,
+    layers: Annotated[
+        tuple[int, ...] | None, Parameter(consume_multiple=True, negative="", help="train only these layers")
     ] = None,
     unit: Annotated[Literal["node", "neuron"], Parameter(help="loki: rows or columns of the down-projection")] = "node",
     rank: Annotated[
@@ -123,7 +126,7 @@ def implant_command(
 
     asked = FineTune(
         data=data, model=model, method=method, quota=quota, strategy=strategy, score=score, unit=unit, rank=rank,
-        selection=None if selection is None else str(selection), rates=_rates(rates), retained=retained,
+        selection=None if selection is None else str(selection), layers=layers, rates=_rates(rates), retained=retained,
         max_facts=max_facts, max_retained=max_retained, general=general, format=format, chat=chat, device=device,
         dtype=dtype, epochs=epochs, training=training, watch=watch, watch_drift=watch_drift, filter=rule,
         keep=share_or_number(keep), filter_weight=filter_weight,

@@ -6,6 +6,7 @@ and transformers' own `load_adapter` know it.
 
 from .adapters import (
     BASELINES,
+    EVERYWHERE,
     METHODS,
     Dense,
     adapter_config,
@@ -26,6 +27,7 @@ from .sites import down_projections
 
 __all__ = [
     "BASELINES",
+    "EVERYWHERE",
     "METHODS",
     "Dense",
     "LokiConfig",

@@ -137,6 +137,9 @@ METHODS: dict[str, Method] = {
 BASELINES = tuple(name for name in METHODS if name != "loki")
 """The methods that need no selection."""
 
+EVERYWHERE = ("ln_tuning", "full")
+"""The methods that cannot be restricted to layers."""
+
 
 def adapter_config(
     method: str,

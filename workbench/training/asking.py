@@ -17,7 +17,9 @@ class FineTune:
         quota: LoKI: percent of the units of a layer that are trained.
         strategy: LoKI: how units are selected.
         score: LoKI: `magnitude` or `signed`.
-        selection: LoKI: a position file, or a saved selection, to train instead of a selection from attribution.
+        selection: a position file, or a saved selection: LoKI trains it instead of one from attribution, another method
+            the layers in which it has units.
+        layers: train only these layers; None is those of the selection, or all.
         unit: LoKI: `node` or `neuron`.
         rank: rank of the methods that have one (LoKI: 0 trains the selected rows in full).
         rates: learning rates to search; none takes that of `training`, or the method's default.
@@ -47,6 +49,7 @@ class FineTune:
     strategy: str = "layer_balanced"
     score: str = "magnitude"
     selection: str | None = None
+    layers: tuple[int, ...] | None = None
     unit: str = "node"
     rank: int | None = None
     rates: tuple[float, ...] = ()
@@ -69,4 +72,5 @@ class FineTune:
 
     def settings(self) -> dict[str, Any]:
         """Every setting as plain values."""
-        return asdict(self) | {"training": self.training.model_dump(), "rates": list(self.rates)}
+        return asdict(self) | {"training": self.training.model_dump(), "rates": list(self.rates),
+                               "layers": None if self.layers is None else list(self.layers)}  # fmt: skip
