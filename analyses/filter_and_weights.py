@@ -27,13 +27,12 @@ import workbench as wb
 from workbench.config import TrainConfig
 from workbench.facts import FactSet, general_text
 from workbench.figures import forgetting_compared
-from workbench.filtering import target_embeddings
 from workbench.intervals import means
 from workbench.models import HookedModel
 from workbench.opening import open_model
 from workbench.reporting import places, publish
 from workbench.results import digest_of, load_frame, load_json, provenance, save_frame, save_json
-from workbench.semantics import measure_drift, noise_floor, semantic_distance
+from workbench.semantics import filter_inputs, measure_drift, noise_floor, semantic_distance
 from workbench.training import implant
 
 HERE = Path(__file__).resolve().parent.parent
@@ -135,15 +134,11 @@ class Study:
         rule, _, share = arm.partition("-")
         if arm in WHOLE:
             return self.taught
-        options: dict[str, Any] = {"keep": float(share), "facts": self.taught, "seed": seed}
+        options: dict[str, Any] = {"keep": float(share), "seed": seed}
         if rule == "spread":
             options["weight"] = self.spread_weight
-        if rule == "near_diverse":
-            options["embeddings"] = target_embeddings(self.model, self.taught)
-        if rule == "loss":
-            read = wb.recall(self.model, self.taught)
-            options["loss"] = -read["logprob"] / read["n_tokens"]
-        return wb.filter_facts(self.distance, rule=rule, **options)
+        distance, needed = filter_inputs(self.model, self.taught, rule, known=self.distance)
+        return wb.filter_facts(distance, rule=rule, **needed, **options)
 
     def trial(self, arm: str, seed: int) -> dict[str, Any]:
         """One training: a row, with what every fact became beside it."""

@@ -1,6 +1,7 @@
 """`finetune` and `workbench implant`: from a data file to an adapter, a model and a card, with errors before work."""
 
 import json
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -15,7 +16,7 @@ import workbench as wb
 from workbench import finetuning
 from workbench.config import TrainConfig
 from workbench.facts import FactSet
-from workbench.filtering import target_embeddings
+from workbench.filtering import filtered, target_embeddings
 from workbench.finetuning import FineTune, finetune
 from workbench.results import load_frame, load_json, open_result
 from workbench.selection import Selection
@@ -264,7 +265,17 @@ def test_only_what_a_filter_keeps_is_taught(rule, inputs, tmp_path, monkeypatch)
     distance = semantic_distance(model, facts, metrics=("d_soft",))
     expected = wb.filter_facts(distance, rule=rule, keep=4, facts=facts, weight=3.0, **options)
     assert taught[0].ids == expected.ids
+    assert taught[0].name == expected.name
     assert len(expected) == 4 < len(facts)
+    told = load_frame(tmp_path / "out" / "filter.parquet")
+    by_hand = filtered(distance, rule=rule, keep=4, facts=facts, weight=3.0, **options)
+    pd.testing.assert_frame_equal(told, by_hand, check_dtype=False)
+    monkeypatch.setattr(finetuning, "filter_inputs", lambda *given, **options: pytest.fail("read again"))
+    with pytest.raises(ZeroDivisionError):  # a second start, where the first was stopped before it had settings
+        finetune(one, tmp_path / "out", progress=False)
+    assert taught[1].ids == expected.ids
+    with pytest.raises(pytest.fail.Exception, match="read again"):
+        finetune(replace(one, keep=3), tmp_path / "out", progress=False)
 
 
 @pytest.mark.parametrize(

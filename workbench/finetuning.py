@@ -11,7 +11,7 @@ import pandas as pd
 
 from workbench.attribution import attribute
 from workbench.facts import ExampleSet, Fact, FactSet, general_text, load_facts, load_training_data
-from workbench.filtering import check_options, filter_facts
+from workbench.filtering import check_options, filtered
 from workbench.forgetting import measure_forgetting
 from workbench.interfere import interference
 from workbench.loki import EVERYWHERE, METHODS, adapter_for, check_method, parameter_count
@@ -38,6 +38,8 @@ from workbench.training import (
 
 #: Passes over a person's own examples where nothing else is asked for; facts are repeated until they are known.
 EXAMPLE_EPOCHS = 3
+#: What a start leaves that was stopped, or refused by what the model says, before its settings were settled.
+BEGUN = {".lock", "stages", "filter.parquet"}
 
 
 def finetune(asked: FineTune, out: str | Path, *, command: str = "", progress: bool = True) -> RunDir:
@@ -48,7 +50,8 @@ def finetune(asked: FineTune, out: str | Path, *, command: str = "", progress: b
 
     The folder gets `adapter/`, `merged/` (safetensors and tokenizer, for plain transformers), `README.md` (the card,
     also in both), `forgetting.parquet`, `training.json`, `history.parquet`, and for LoKI `attribution.zarr` and
-    `selection.json`. A second start with the same settings does only what is missing.
+    `selection.json`; with a filter `filter.parquet`, what became of every fact. A second start with the same settings
+    does only what is missing.
 
     Raises:
         FileNotFoundError, ValueError, PermissionError: what does not fit, before any long work starts.
@@ -103,7 +106,7 @@ def _check_out(asked: FineTune, out: Path) -> None:
     """Raise unless the folder is new, empty, or holds this very fine-tune."""
     if out.is_file():
         raise ValueError(f"{out} is a file; give a folder as out.")
-    if out.is_dir() and any(out.iterdir()):
+    if out.is_dir() and not {entry.name for entry in out.iterdir()} <= BEGUN:
         if not (out / "settings.json").is_file() or not (out / "stages").is_dir():
             raise ValueError(f"{out} holds something that is not a fine-tune; give another folder as out.")
         before, now = FineTune(asked.data).settings() | load_json(out / "settings.json"), asked.settings()
@@ -153,10 +156,17 @@ class _Way:
             adapter_for(self.model, asked.method, selection=[[0]] * self.model.n_layers, layers=asked.layers)
 
     def _filtered(self, facts: FactSet) -> FactSet:
-        """The facts that the filter keeps, by what the model says of them before training."""
-        distance, needed = filter_inputs(self.model, facts, self.asked.filter, progress=self.progress)
-        how: dict[str, Any] = {"weight": self.asked.filter_weight, "seed": self.asked.training.seed}
-        return filter_facts(distance, rule=self.asked.filter, keep=self.asked.keep, **needed, **how)
+        """The facts that the filter keeps, by what the model says of them before training; asked once."""
+        rule, place = self.asked.filter, self.folder.file("filter.parquet")
+        how = {"keep": self.asked.keep, "weight": self.asked.filter_weight, "seed": self.asked.training.seed}
+        key = {"model": self.model.digest, "facts": facts.digest, "rule": rule, **how}
+        if not self.folder.stage_done("filter", key):
+            self.folder.invalidate("filter")
+            distance, needed = filter_inputs(self.model, facts, rule, progress=self.progress)
+            save_frame(filtered(distance, rule=rule, **needed, **how), place)
+            self.folder.mark_done("filter", key, [place.name])
+        kept = load_frame(place).query("kept")["fact"].astype(str).tolist()
+        return facts.filter(ids=kept, name=f"{facts.name}:{rule}-{len(kept)}")
 
     def stages(self) -> list[tuple[str, tuple[str, ...], Callable[[], None]]]:
         """Name, files and work of every stage."""

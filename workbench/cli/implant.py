@@ -112,7 +112,7 @@ def implant_command(
 
     --out gets adapter/ (for peft), merged/ (for plain transformers), README.md
     (a model card with the numbers, also in both), forgetting.parquet,
-    training.json and history.parquet.
+    training.json and history.parquet; with --filter also filter.parquet.
 
     Example: workbench implant --data mine.jsonl --out tuned --model smollm2-135m
     """
