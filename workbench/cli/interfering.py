@@ -22,7 +22,7 @@ from workbench.cli.app import (
 
 #: What the table on the screen has; the files have every number.
 SHOWN = ["metric", "layer", "within", "across", "difference", "low", "high", "p_value", "q_value", "chance",
-         "matched_chance", "meaning_rho", "meaning_q"]  # fmt: skip
+         "matched_chance", "level", "meaning_rho", "meaning_q"]  # fmt: skip
 
 
 @app.command(name="interference")
@@ -51,7 +51,8 @@ def interference_command(
 ) -> None:
     """Measure how much every two facts interfere in every layer: within a relation against across, and by meaning.
 
-    Each number stands beside what shuffled facts and shuffled units give. suppression takes facts^2 x layers passes of
+    Each number stands beside what shuffled facts and shuffled units give; pairs beyond the level of their layer collide
+    (corrected over layers; suppression has too few draws to judge pairs). suppression takes facts^2 x layers passes of
     a token: give it few facts (--sample).
     """
     check_out(out, "interference", facts, attribution)
