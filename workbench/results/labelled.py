@@ -4,11 +4,13 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
+import zarr
 
+from workbench.results.damage import DAMAGE, check_readable
 from workbench.results.files import load_json, one_sentence_disk_errors
 
 KIND = "workbench_result"  # the attribute by which a folder is known to be ours
@@ -37,16 +39,22 @@ def open_result(
         raise FileNotFoundError(f"{folder} is not a folder with a result of this workbench.")
     if kind is not None and kind_of(folder) not in (kind, "result"):  # saved by hand, a result may not say its kind
         raise ValueError(f"{folder} holds a result of the kind {kind_of(folder)}; what is needed here is {kind}.")
-    stored = xr.open_zarr(folder, consolidated=False, chunks=None, zarr_format=3)
-    ds = _text_as(
-        stored.drop_attrs(deep=False).assign_attrs({k: v for k, v in stored.attrs.items() if k != KIND}),
-        np.dtype(object),
-    )
+    try:
+        stored = xr.open_zarr(folder, consolidated=False, chunks=None, zarr_format=3)
+        ds = _text_as(
+            stored.drop_attrs(deep=False).assign_attrs({k: v for k, v in stored.attrs.items() if k != KIND}),
+            np.dtype(object),
+        )
+    except DAMAGE as error:
+        raise ValueError(f"{folder} is damaged ({error}): make it anew in another place, or delete it.") from error
     if "done" not in ds:
         return ds
+    if all_facts:
+        return ds.drop_vars("done")
+    check_readable(folder, stored_arrays(folder, "r"), ds["fact"].values, unknown="imported" in ds.attrs)
     done = ds["done"].values
     ds = ds.drop_vars("done")
-    if done.all() or all_facts:
+    if done.all():
         return ds
     if not partial:
         raise ValueError(
@@ -64,6 +72,12 @@ def kind_of(folder: Path) -> str | None:
     record: Any = load_json(metadata)
     attributes = record.get("attributes", {}) if isinstance(record, dict) else {}
     return attributes.get(KIND)
+
+
+def stored_arrays(folder: Path, mode: Literal["r", "r+"] = "r+") -> dict[str, Any]:
+    """The arrays of numbers of a stored result, with the mark `done`."""
+    group = zarr.open_group(folder, mode=mode, zarr_format=3)
+    return {name: group[name] for name in ("score", "gap", "target_prob", "done")}
 
 
 def check_replaceable(folder: Path, kind: str | None = None) -> None:

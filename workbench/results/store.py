@@ -7,19 +7,30 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import xarray as xr
 import zarr
 from filelock import FileLock, Timeout
 from jaxtyping import Float
+from zarr.codecs import Crc32cCodec, ZstdCodec
 
+from workbench.results.damage import intact, repair
 from workbench.results.files import one_sentence_disk_errors
-from workbench.results.labelled import KIND, check_replaceable, kind_of, open_result, replace_folder
+from workbench.results.labelled import (
+    KIND,
+    check_replaceable,
+    kind_of,
+    open_result,
+    replace_folder,
+    stored_arrays,
+)
 
 CHUNK_BYTES = 2**16  # of scores in one file; larger facts have a file each
 SMALL_CHUNK = 1024  # facts in one file of the small arrays
+PLAIN = (Crc32cCodec(),)  # scores hardly shrink, and packing makes reading slow; the sum shows a file that was altered
+PACKED = (ZstdCodec(), Crc32cCodec())
 NOTES = "notes"  # the attribute for what is recorded but not compared
 
 
@@ -145,10 +156,12 @@ def open_store(
             return
         if kind_of(folder) is not None:
             _check_same(folder, labels, settings)
+            with one_sentence_disk_errors(folder):
+                repair(folder, stored_arrays(folder), unknown="imported" in settings)
         else:
             with one_sentence_disk_errors(folder):
                 replace_folder(folder, lambda fresh: _create(fresh, labels))
-        yield AttributionStore(_zarr_arrays(folder), folder, labels)
+        yield AttributionStore(stored_arrays(folder), folder, labels)
 
 
 def unwritten(
@@ -171,7 +184,8 @@ def unwritten(
         return list(range(len(ids)))
     settings = _as_stored(attrs)
     _check_same(folder, _labels(ids, relations, n_layers, n_units, settings), settings)
-    return [int(i) for i in np.flatnonzero(~_zarr_arrays(folder, mode="r")["done"][:])]
+    whole, _ = intact(folder, stored_arrays(folder, "r"), unknown="imported" in settings)
+    return [int(i) for i in np.flatnonzero(~whole)]
 
 
 @contextlib.contextmanager
@@ -181,12 +195,12 @@ def _replacement(folder: Path, labels: xr.Dataset) -> Iterator[AttributionStore]
 
     def publish() -> Mapping[str, Any]:
         replace_folder(folder, prepared.rename)
-        return _zarr_arrays(folder)
+        return stored_arrays(folder)
 
     try:
         with one_sentence_disk_errors(folder):
             _create(prepared, labels)
-        yield AttributionStore(_zarr_arrays(prepared), folder, labels, publish)
+        yield AttributionStore(stored_arrays(prepared), folder, labels, publish)
     finally:
         shutil.rmtree(prepared, ignore_errors=True)
 
@@ -246,12 +260,6 @@ def _specifications(n_facts: int, n_layers: int, n_units: int) -> dict[str, tupl
     }
 
 
-def _zarr_arrays(folder: Path, mode: Literal["r", "r+"] = "r+") -> dict[str, Any]:
-    """The arrays of numbers of a stored result, with the mark `done`."""
-    group = zarr.open_group(folder, mode=mode, zarr_format=3)
-    return {name: group[name] for name in ("score", "gap", "target_prob", "done")}
-
-
 def _numpy_arrays(n_facts: int, n_layers: int, n_units: int) -> dict[str, np.ndarray]:
     sizes = {"fact": n_facts, "layer": n_layers, "unit": n_units}
     table = _specifications(n_facts, n_layers, n_units).items()
@@ -280,7 +288,7 @@ def _create(folder: Path, labels: xr.Dataset) -> None:
             dtype=dtype,
             fill_value=fill,
             dimension_names=dims,
-            compressors=None if name == "score" else "auto",  # scores hardly shrink, and packing makes reading slow
+            compressors=PLAIN if name == "score" else PACKED,
         )
     beside = " ".join(str(name) for name in labels.coords if name not in labels.dims)
     group.attrs.update({**labels.attrs, "coordinates": beside, KIND: "attribution"})

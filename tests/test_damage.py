@@ -1,0 +1,108 @@
+"""A result whose files were damaged: one sentence on reading, and the same call computes what is lost and no more."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from command import call
+from tiny import FACTS, saved, tiny
+
+from workbench.attribution import attribute, score_batch
+from workbench.planning import plan
+from workbench.results import open_result, store
+
+OPTIONS: dict[str, Any] = {"method": "grad_x_act", "progress": False, "batch_size": 1}
+HOW: dict[str, Callable[[Path], object]] = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-9]),
+    "empty": lambda path: path.write_bytes(b""),
+    "gone": lambda path: path.unlink(),
+    "altered": lambda path: path.write_bytes(path.read_bytes()[:-5] + b"\x07" + path.read_bytes()[-4:]),
+}
+
+
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A whole result, with one fact in a file of scores."""
+    monkeypatch.setattr(store, "CHUNK_BYTES", 1)
+    attribute(tiny("llama"), FACTS, out=tmp_path / "a.zarr", **OPTIONS)
+    return tmp_path / "a.zarr"
+
+
+def computed_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The facts that the same call computes, after which the result is whole."""
+    seen: list[str] = []
+
+    def scored(model: Any, facts: Any, *rest: Any) -> Any:
+        seen.extend(fact.fact_id for fact in facts)
+        return score_batch(model, facts, *rest)
+
+    monkeypatch.setattr("workbench.attribution.scoring.score_batch", scored)
+    planned = plan(tiny("llama"), FACTS, out=path, **{k: v for k, v in OPTIONS.items() if k != "progress"})
+    ds = attribute(tiny("llama"), FACTS, out=path, **OPTIONS)
+    assert planned.facts == len(seen)
+    expected = attribute(tiny("llama"), FACTS, **OPTIONS)
+    for name in ("score", "gap", "target_prob"):
+        np.testing.assert_array_equal(ds[name], expected[name])
+    return seen[: planned.facts]
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_damaged_scores_are_said_and_computed_again(how: str, path: Path, monkeypatch, caplog) -> None:
+    HOW[how](path / "score" / "c" / "2" / "0" / "0")
+    with pytest.raises(ValueError, match="checksum" if how == "altered" else "of 1 facts, the first 'kenya', cannot"):
+        open_result(path)["score"].load()
+    assert computed_again(path, monkeypatch) == ["kenya"]
+    assert "is damaged: 7 of its facts can be read" in caplog.text
+    assert np.isfinite(open_result(path)["score"]).all()
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("name", ["gap", "target_prob"])
+def test_damaged_gaps_and_probabilities_are_said_and_computed_again(how: str, name: str, path: Path, monkeypatch):
+    HOW[how](next(file for file in (path / name / "c").rglob("*") if file.is_file()))
+    with pytest.raises(ValueError, match=r"a\.zarr is damaged: the numbers of 8 facts"):
+        open_result(path)
+    assert sorted(computed_again(path, monkeypatch)) == sorted(FACTS.ids)
+
+
+@pytest.mark.parametrize("how", ["cut", "empty", "altered"])
+def test_marks_that_cannot_be_read_follow_from_the_numbers(how: str, path: Path, monkeypatch) -> None:
+    HOW[how](path / "done" / "c" / "0")
+    with pytest.raises(ValueError, match=r"a\.zarr is damaged"):
+        open_result(path)
+    assert computed_again(path, monkeypatch) == []
+
+
+def test_what_is_whole_is_left_as_it_is(path: Path, monkeypatch, caplog) -> None:
+    """Negative control."""
+    before = {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.is_file()}
+    assert computed_again(path, monkeypatch) == []
+    assert {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.is_file()} == before
+    assert "damaged" not in caplog.text
+
+
+def test_damaged_labels_are_one_sentence(path: Path) -> None:
+    HOW["cut"](path / "fact" / "c" / "0")
+    for read in (lambda: open_result(path), lambda: attribute(tiny("llama"), FACTS, out=path, **OPTIONS)):
+        with pytest.raises(ValueError, match=r"a\.zarr is damaged .* make it anew in another place, or delete it"):
+            read()
+
+
+def test_the_command_says_it_in_one_line(path: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    model, facts = saved(tmp_path / "model"), FACTS.save(tmp_path / "f.jsonl")
+    shutil.rmtree(path)
+    command = ["attribute", "--model", model, "--facts", facts, "--out", path, "--method", "grad_x_act", "-q"]
+    assert call(monkeypatch, *command) == 0
+    for how in HOW:
+        capsys.readouterr()
+        HOW[how](path / "score" / "c" / "1" / "0" / "0")
+        assert call(monkeypatch, "select", path, "--out", tmp_path / "rows.json") == 1
+        printed = capsys.readouterr().err.strip()
+        assert printed.startswith("workbench: ")
+        assert "is damaged" in printed
+        assert len(printed.splitlines()) == 1
+        assert call(monkeypatch, *command) == 0
+    assert call(monkeypatch, "select", path, "--out", tmp_path / "rows.json") == 0

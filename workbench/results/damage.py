@@ -1,0 +1,98 @@
+"""Stored numbers that cannot be read any more, and the facts they belong to, so that only those are computed again."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool
+
+log = logging.getLogger(__name__)
+
+#: What zarr raises for a file that is cut short or altered: by its size, by its checksum, by what it unpacks to.
+DAMAGE = (ValueError, RuntimeError)
+NUMBERS = ("score", "gap", "target_prob")
+
+
+def intact(folder: Path, arrays: Mapping[str, Any], *, unknown: bool) -> tuple[Bool[np.ndarray, " fact"], list[Path]]:
+    """Which facts are done and can be read in full, and the files that cannot; everything is read, a file at a time.
+
+    A mark `done` that cannot be read itself counts where all numbers are there. `unknown` gaps and probabilities, as
+    those of results from elsewhere, are NaN.
+    """
+    whole, broken = np.ones(arrays["done"].shape[0], dtype=bool), []
+    for name in ("done", *NUMBERS):
+        for facts, key in _chunks(arrays[name]):
+            values = _read(arrays[name], facts)
+            if values is None:
+                broken.append(folder / name / key)
+                whole[facts] &= name == "done"
+            elif name == "done":
+                whole[facts] &= values
+            elif name == "score" or not unknown:
+                whole[facts] &= _finite(values)
+    return whole, broken
+
+
+def repair(folder: Path, arrays: Mapping[str, Any], *, unknown: bool) -> None:
+    """Take the mark `done` from facts that cannot be read, and the files that cannot be read away."""
+    whole, broken = intact(folder, arrays, unknown=unknown)
+    if not broken and np.array_equal(whole, arrays["done"][:]):
+        return
+    log.warning("%s is damaged: %d of its facts can be read, and the others are computed again", folder, whole.sum())
+    for path in broken:
+        if path.is_relative_to(folder / "done"):
+            path.unlink()
+    arrays["done"][:] = whole
+    for path in broken:
+        if not path.is_relative_to(folder / "done"):
+            path.unlink()
+
+
+def check_readable(folder: Path, arrays: Mapping[str, Any], fact_ids: np.ndarray, *, unknown: bool) -> None:
+    """Raise where facts that are done have lost numbers; of scores only the sizes of their files are looked at.
+
+    Raises:
+        ValueError: says how many facts are damaged, and the way out.
+    """
+    done, bad = np.ones(len(fact_ids), dtype=bool), np.zeros(len(fact_ids), dtype=bool)
+    for name in ("done", "gap", "target_prob"):
+        for facts, _ in _chunks(arrays[name]):
+            values = _read(arrays[name], facts)
+            if values is None:
+                bad[facts] = True
+            elif name == "done":
+                done[facts] = values
+            elif not unknown:
+                bad[facts] |= ~_finite(values)
+    least = arrays["score"].dtype.itemsize * prod(arrays["score"].chunks)
+    for facts, key in _chunks(arrays["score"]):
+        path = folder / "score" / key
+        bad[facts] |= not path.is_file() or path.stat().st_size < least
+    bad &= done
+    if bad.any():
+        raise ValueError(
+            f"{folder} is damaged: the numbers of {bad.sum()} facts, the first {fact_ids[bad.argmax()]!r}, cannot be "
+            "read; run the same attribution again, which computes only what is lost."
+        )
+
+
+def _finite(values: np.ndarray) -> Bool[np.ndarray, " fact"]:
+    return np.isfinite(values).reshape(len(values), -1).all(1)
+
+
+def _chunks(array: Any) -> Iterator[tuple[slice, str]]:
+    """The facts of every file of an array, and the file's name."""
+    size, beyond = array.chunks[0], (0,) * (array.ndim - 1)
+    for number, start in enumerate(range(0, array.shape[0], size)):
+        yield slice(start, start + size), array.metadata.encode_chunk_key((number, *beyond))
+
+
+def _read(array: Any, facts: slice) -> Any:
+    """The numbers of some facts, or None where their file is damaged."""
+    try:
+        return array[facts]
+    except DAMAGE:
+        return None
