@@ -24,6 +24,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"steps": 7, "baseline": "blank", "target": "predicted"},
     {"rule": "trapezoid", "batch_size": 3},
     {"steps": 16, "batch_size": 1, "memory": 0.0005},
+    {"steps": 3, "batch_size": 1, "memory": 0.0005},
+    {"method": "ablation", "batch_size": 1, "memory": 0.0005},
 ]
 
 

@@ -21,7 +21,10 @@ def counts(
     clean = 1 + (settings.baseline == "blank")  # runs that are not patched
     clean_rows = batch.shared + n_facts * (columns - batch.shared)
     passes, variants = ceil(model.n_layers / most) + 1, model.n_layers + 1  # baselines, the clean end
-    more_passes, more_variants = QUERIES[settings.method](settings, model, most)
+    more_passes, more_variants, single = QUERIES[settings.method](settings, model, most)
+    if n_facts * batch.read == 1:  # a product of one row is never made: one more query beside each
+        variants += passes + single
+        clean_rows += batch.ids.numel() == 1
     rows = clean * clean_rows + (variants + more_variants) * n_facts * batch.tail
     return clean * (1 + (batch.shared > 0)) + passes + more_passes, rows
 
@@ -31,26 +34,28 @@ def query_rows(groups: Sequence[Sequence[TokenisedFact]], settings: Settings) ->
     return sum(len(group) * make_batch(group, torch.device("cpu"), settings.scope).tail for group in groups)
 
 
-def _no_queries(settings: Settings, model: HookedModel, most: int) -> tuple[int, int]:
-    return 0, 0
+def _no_queries(settings: Settings, model: HookedModel, most: int) -> tuple[int, int, int]:
+    return 0, 0, 0
 
 
-def _one_gradient(settings: Settings, model: HookedModel, most: int) -> tuple[int, int]:
-    return 1, 1
+def _one_gradient(settings: Settings, model: HookedModel, most: int) -> tuple[int, int, int]:
+    return 1, 1, 1
 
 
-def _every_step(settings: Settings, model: HookedModel, most: int) -> tuple[int, int]:
+def _every_step(settings: Settings, model: HookedModel, most: int) -> tuple[int, int, int]:
     variants = model.n_layers * settings.steps
-    return ceil(variants / most), variants
+    firsts = [min(settings.steps - at % settings.steps, most) for at in range(0, variants, most)]
+    return len(firsts), variants, firsts.count(1)
 
 
-def _every_unit(settings: Settings, model: HookedModel, most: int) -> tuple[int, int]:
-    width = model.width(settings.unit)
-    return model.n_layers * ceil(width / most), model.n_layers * width
+def _every_unit(settings: Settings, model: HookedModel, most: int) -> tuple[int, int, int]:
+    width, layers = model.width(settings.unit), model.n_layers
+    sizes = [min(most, width - at) for at in range(0, width, most)]
+    return layers * len(sizes), layers * width, layers * sizes.count(1)
 
 
-#: Method -> (passes of queries, queries of a fact), beside what every method takes.
-QUERIES: dict[str, Callable[[Settings, HookedModel, int], tuple[int, int]]] = {
+#: Method -> (passes of queries, queries of a fact, passes whose first layer has one of them), beside what all take.
+QUERIES: dict[str, Callable[[Settings, HookedModel, int], tuple[int, int, int]]] = {
     **dict.fromkeys(("ig", "loki-paper", "loki-code", "kn", "kn-code"), _every_step),
     "grad_x_act": _one_gradient,
     "ablation": _every_unit,
