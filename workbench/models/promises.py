@@ -18,6 +18,8 @@ def refuse_unsupported(hf: Any, name: str) -> None:
     """Raise unless the model is a causal language model with dense FFNs and finite weights."""
     kind = f"{name} is a {type(hf).__name__}"
     text = hf.config.get_text_config()
+    if any(getattr(hf.config, part, None) is not None for part in ("vision_config", "audio_config")):
+        raise ValueError(f"{kind}, which sees or hears as well; only decoder-only language models are supported.")
     if getattr(hf.config, "is_encoder_decoder", False):
         raise ValueError(f"{kind}, an encoder-decoder; only decoder-only language models are supported.")
     if getattr(hf.config, "add_cross_attention", False):
