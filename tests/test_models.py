@@ -5,9 +5,15 @@ import copy
 import pytest
 import torch
 from tiny import ARCHITECTURES, random_model, saved, tiny, tokenizer
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+)
 
-from workbench.models import load_model, pad_batch, promises
+from workbench.models import load_model, loading, pad_batch, promises
 
 IDS = torch.tensor([[4, 5, 6, 7, 8], [9, 10, 11, 12, 13]])
 
@@ -134,6 +140,24 @@ def test_encoder_and_others_are_refused_by_name() -> None:
         load_model(headless, tokenizer=tokenizer())
     with pytest.raises(ValueError, match="needs its tokenizer"):
         load_model(random_model("gpt2"))
+
+
+def test_a_model_that_sees_as_well_is_refused_by_name_before_anything_is_fetched(monkeypatch) -> None:
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    eyes = {**small, "model_type": "clip_vision_model", "image_size": 16, "patch_size": 8}
+    config = AutoConfig.for_model("llava", text_config={**small, "vocab_size": 40, "model_type": "llama"},
+                                  vision_config=eyes)  # fmt: skip
+    monkeypatch.setattr(loading, "boot", lambda *args: pytest.fail("TransformerLens was asked"))
+    with pytest.raises(ValueError, match="LlavaForConditionalGeneration, which sees or hears as well"):
+        load_model(AutoModelForImageTextToText.from_config(config), tokenizer=tokenizer())
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])  # TransformerLens takes the joint projection of gpt2 apart
+def test_opening_a_model_draws_nothing_from_the_users_generator(kind: str) -> None:
+    hf = random_model(kind)
+    before = torch.get_rng_state()
+    load_model(hf, tokenizer=tokenizer())
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_weights_that_are_not_finite_are_refused_by_name() -> None:

@@ -121,7 +121,8 @@ def boot(twin: Any, tokenizer: Any, name: str) -> Any:
     tokenizer.init_kwargs |= {"name_or_path": name, "add_bos_token": True}
     device = next(twin.parameters()).device
     try:
-        return TransformerBridge.boot_transformers(name, hf_model=twin, tokenizer=tokenizer, device=device)
+        with torch.random.fork_rng():  # it draws weights for the parts of a joint projection, and then sets them
+            return TransformerBridge.boot_transformers(name, hf_model=twin, tokenizer=tokenizer, device=device)
     except Exception as error:
         raise ValueError(
             f"{name}: TransformerLens cannot look into a {type(twin).__name__} ({str(error)[:200] or repr(error)})."
