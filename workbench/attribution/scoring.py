@@ -82,7 +82,8 @@ def attribute(
         seed: of the draws of `random`.
         batch_size: facts that are prepared together; `"auto"` chooses. Scores do not depend on it: on Intel's
             processors to less than 1e-6 of a fact's largest (see `workbench`); where products round by their size, in
-            float32 to a few 1e-6, and more where that makes the adaptive rule take another step.
+            float32 to a few 1e-6, and more where that makes the adaptive rule take another step. An `ablation` is a
+            difference of two objectives, exact to the rounding of those.
         memory: GiB that a pass may take; None is half of what is free. A pass that still does not fit is halved.
         out: a zarr folder to stream to; None keeps the result in memory.
         resume: go on where an earlier call with the same settings stopped.

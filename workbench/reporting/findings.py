@@ -49,7 +49,8 @@ def about_scores(table: pd.DataFrame, gap: np.ndarray | None, unit: str) -> list
     ]
     if total > 0 and len(rows) > 1:
         part = rows["mean_abs"].tail(third).sum() / total
-        sentences.append(f"The last {third} of {len(rows)} layers hold {percent(part)} of all |score|.")
+        last = f"{third} of {len(rows)} layers hold" if third > 1 else f"of {len(rows)} layers holds"
+        sentences.append(f"The last {last} {percent(part)} of all |score|.")
     if gap is not None and gap.size and np.isfinite(gap).any():
         size = np.abs(gap[np.isfinite(gap)])
         sentences.append(
