@@ -158,7 +158,11 @@ class _Way:
     def _filtered(self, facts: FactSet) -> FactSet:
         """The facts that the filter keeps, by what the model says of them before training; asked once."""
         rule, place = self.asked.filter, self.folder.file("filter.parquet")
-        how = {"keep": self.asked.keep, "weight": self.asked.filter_weight, "seed": self.asked.training.seed}
+        how: dict[str, Any] = {
+            "keep": self.asked.keep,
+            "weight": self.asked.filter_weight,
+            "seed": self.asked.training.seed,
+        }
         key = {"model": self.model.digest, "facts": facts.digest, "rule": rule, **how}
         if not self.folder.stage_done("filter", key):
             self.folder.invalidate("filter")

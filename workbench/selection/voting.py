@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import numpy as np
 import xarray as xr
@@ -207,7 +207,7 @@ def units_in(quota: Quota, n_units: int, place: str) -> int:
     return k
 
 
-def is_per_layer(quota: Quota) -> bool:
+def is_per_layer(quota: Quota) -> TypeGuard[Mapping[int, float] | Sequence[float]]:
     """Whether a quota says a percentage for each layer rather than one for all."""
     return isinstance(quota, Mapping | Sequence) and not isinstance(quota, str)
 
