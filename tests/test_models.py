@@ -152,6 +152,18 @@ def test_a_model_that_sees_as_well_is_refused_by_name_before_anything_is_fetched
         load_model(AutoModelForImageTextToText.from_config(config), tokenizer=tokenizer())
 
 
+@pytest.mark.parametrize("kept", ["parameter", "buffer"])  # as bitsandbytes keeps them, and as GPTQ does
+def test_a_loaded_model_with_quantised_weights_is_refused_by_name(kept: str) -> None:
+    hf = random_model("llama")
+    down = hf.model.layers[1].mlp.down_proj
+    if kept == "parameter":
+        down.weight = torch.nn.Parameter(torch.ones(32, 40, dtype=torch.int8), requires_grad=False)
+    else:
+        down.register_buffer("qweight", torch.ones(5, 32, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"is a LlamaForCausalLM whose .*down_proj\.\w+ is int\d+: it is quant"):
+        load_model(hf, tokenizer=tokenizer())
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])  # TransformerLens takes the joint projection of gpt2 apart
 def test_opening_a_model_draws_nothing_from_the_users_generator(kind: str) -> None:
     hf = random_model(kind)

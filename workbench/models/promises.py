@@ -13,9 +13,12 @@ from workbench.models.hooked import HookedModel
 #: where norms still compute in float32, 3e-7.
 PARITY = {torch.float64: 2e-6, torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
+#: Numbers in which quantised weights are kept.
+QUANTISED = (torch.int8, torch.uint8, torch.int32)
+
 
 def refuse_unsupported(hf: Any, name: str) -> None:
-    """Raise unless the model is a causal language model with dense FFNs and finite weights."""
+    """Raise unless the model is a causal language model with dense FFNs and plain, finite weights."""
     kind = f"{name} is a {type(hf).__name__}"
     text = hf.config.get_text_config()
     if any(getattr(hf.config, part, None) is not None for part in ("vision_config", "audio_config")):
@@ -33,6 +36,11 @@ def refuse_unsupported(hf: Any, name: str) -> None:
         if getattr(text, key, None):
             count = getattr(text, key)
             raise ValueError(f"{kind}, a mixture of {count} experts per layer; only dense FFNs are supported.")
+    for tensor_name, tensor in (*hf.named_parameters(), *hf.named_buffers()):
+        if tensor.ndim > 1 and tensor.dtype in QUANTISED:
+            number = str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(f"{kind} whose {tensor_name} is {number}: it is quantised, and what it computes cannot be "
+                             "attributed to its weights; open the unquantised model.")  # fmt: skip
     for parameter_name, parameter in hf.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ValueError(f"{kind} whose weight {parameter_name} has NaN or infinite values; it cannot be read.")
