@@ -79,6 +79,11 @@ def check_readable(folder: Path, arrays: Mapping[str, Any], fact_ids: np.ndarray
         )
 
 
+def only_scores(attrs: Mapping[str, Any]) -> bool:
+    """Whether a result need not hold gaps and probabilities: only `attribute`, which names its model, gives them."""
+    return "imported" in attrs or "model_digest" not in attrs
+
+
 def _finite(values: np.ndarray) -> Bool[np.ndarray, " fact"]:
     return np.isfinite(values).reshape(len(values), -1).all(1)
 

@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 import zarr
 
-from workbench.results.damage import DAMAGE, check_readable
+from workbench.results.damage import DAMAGE, check_readable, only_scores
 from workbench.results.files import load_json, one_sentence_disk_errors
 
 KIND = "workbench_result"  # the attribute by which a folder is known to be ours
@@ -51,7 +51,7 @@ def open_result(
         return ds
     if all_facts:
         return ds.drop_vars("done")
-    check_readable(folder, stored_arrays(folder, "r"), ds["fact"].values, unknown="imported" in ds.attrs)
+    check_readable(folder, stored_arrays(folder, "r"), ds["fact"].values, unknown=only_scores(ds.attrs))
     done = ds["done"].values
     ds = ds.drop_vars("done")
     if done.all():

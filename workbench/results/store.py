@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from jaxtyping import Float
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from workbench.results.damage import intact, repair
+from workbench.results.damage import intact, only_scores, repair
 from workbench.results.files import one_sentence_disk_errors
 from workbench.results.labelled import (
     KIND,
@@ -157,7 +157,7 @@ def open_store(
         if kind_of(folder) is not None:
             _check_same(folder, labels, settings)
             with one_sentence_disk_errors(folder):
-                repair(folder, stored_arrays(folder), unknown="imported" in settings)
+                repair(folder, stored_arrays(folder), unknown=only_scores(settings))
         else:
             with one_sentence_disk_errors(folder):
                 replace_folder(folder, lambda fresh: _create(fresh, labels))
@@ -184,7 +184,7 @@ def unwritten(
         return list(range(len(ids)))
     settings = _as_stored(attrs)
     _check_same(folder, _labels(ids, relations, n_layers, n_units, settings), settings)
-    whole, _ = intact(folder, stored_arrays(folder, "r"), unknown="imported" in settings)
+    whole, _ = intact(folder, stored_arrays(folder, "r"), unknown=only_scores(settings))
     return [int(i) for i in np.flatnonzero(~whole)]
 
 
