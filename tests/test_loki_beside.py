@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_loki import ROWS, logits, plain, same_bits, tiny, train
 from transformers import ArceeConfig, AutoModelForCausalLM, MptConfig, OlmoConfig
 
-from workbench.loki import LokiConfig, LokiLayer, adapter_for, attach, matched, parameter_count
+from workbench.loki import LokiConfig, LokiLayer, adapter_for, attach, matched, merged_copy, parameter_count
 from workbench.opening import open_model
 
 pytestmark = pytest.mark.filterwarnings(
@@ -84,6 +84,15 @@ def test_a_model_with_both_is_opened_with_both_merged():
     assert any(isinstance(module, LokiLayer) for module in model.modules())  # what was given stays as it is
     model.disable_adapters()
     assert not torch.allclose(logits(opened.hf), logits(model), atol=1e-3)
+    assert torch.equal(logits(open_model(model, tokenizer=tokenizer()).hf), logits(model))  # what is off stays out
+
+
+def test_two_methods_on_one_projection_are_not_merged():
+    model = tiny()
+    model.add_adapter(lora("q_proj"), "style")
+    model.add_adapter(LoHaConfig(r=2, target_modules=["q_proj"]), "other")
+    with pytest.raises(ValueError, match="q_proj carries two methods"):
+        merged_copy(model)
 
 
 @pytest.mark.parametrize("merging", ["loki", "lora"])

@@ -260,7 +260,7 @@ def trainable_parameters(model: nn.Module) -> int:
 def merged_copy(model: nn.Module) -> Any:
     """Return a plain copy of a model with its active adapters merged, put on it by peft or by transformers itself.
 
-    ValueError where a LoKI adapter lies below another method's.
+    Adapters that are disabled are left out. ValueError where one method lies over another.
     """
     refuse_stacked(model)
     plain: Any = copy.deepcopy(model)
@@ -268,10 +268,14 @@ def merged_copy(model: nn.Module) -> Any:
         return plain.merge_and_unload()
     for name, module in list(plain.named_modules()):
         if isinstance(module, BaseTunerLayer):
-            module.merge()
+            if isinstance(getattr(module, "base_layer", None), BaseTunerLayer):
+                raise ValueError(f"{name} carries two methods, which peft cannot merge; put them on different modules.")
+            if not module.disable_adapters:
+                module.merge()
             plain.set_submodule(name, module.get_base_layer())
         elif isinstance(module, AuxiliaryTrainingWrapper):
-            plain.set_submodule(name, module.unload_and_optionally_merge_module(True, False, None))
+            merging = not module.disable_adapters
+            plain.set_submodule(name, module.unload_and_optionally_merge_module(merging, False, None))
     del plain.peft_config
     plain._hf_peft_config_loaded = False
     return plain
