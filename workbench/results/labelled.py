@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -106,8 +107,17 @@ def replace_folder(folder: Path, fill: Callable[[Path], object]) -> None:
             old.rename(folder)
         raise
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        clear_folder(fresh)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def clear_folder(folder: Path) -> None:
+    """Remove a folder, also one into which other threads of a write that failed are still writing."""
+    for _ in range(50):
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.01)  # a file that comes late brings its folder back
+        if not folder.exists():
+            return
 
 
 def _text_as(ds: xr.Dataset, dtype: np.dtype) -> xr.Dataset:

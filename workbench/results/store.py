@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from workbench.results.files import one_sentence_disk_errors
 from workbench.results.labelled import (
     KIND,
     check_replaceable,
+    clear_folder,
     kind_of,
     open_result,
     replace_folder,
@@ -198,11 +198,12 @@ def _replacement(folder: Path, labels: xr.Dataset) -> Iterator[AttributionStore]
         return stored_arrays(folder)
 
     try:
+        clear_folder(prepared)
         with one_sentence_disk_errors(folder):
             _create(prepared, labels)
         yield AttributionStore(stored_arrays(prepared), folder, labels, publish)
     finally:
-        shutil.rmtree(prepared, ignore_errors=True)
+        clear_folder(prepared)
 
 
 @contextlib.contextmanager
