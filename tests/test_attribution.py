@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import planted
@@ -31,6 +32,11 @@ from workbench.models import load_model
 from workbench.path import quadrature
 from workbench.results import open_result, validate_attribution
 
+CPU = Path("/proc/cpuinfo")
+INTEL = CPU.is_file() and "GenuineIntel" in CPU.read_text(encoding="utf-8")
+ALIKE = pytest.mark.skipif(
+    not (INTEL and torch.backends.mkl.is_available()), reason="products round alike by oneMKL on Intel's processors only"
+)
 KINDS = ["gpt2", "llama", "qwen2", "gemma3_text", "opt"]
 
 
@@ -96,7 +102,7 @@ def test_batch_padding_and_order_change_nothing(kind: str, method: str) -> None:
         np.testing.assert_allclose(other["score"], together["score"], rtol=0, atol=1e-6 * scale)
 
 
-@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="products round alike with oneMKL only")
+@ALIKE
 @pytest.mark.parametrize("method", ["ig", "grad_x_act"])
 def test_on_a_real_model_batch_padding_and_order_change_nothing(method: str) -> None:
     model, facts = default(), load_facts("world").sample(5, seed=4)
@@ -110,7 +116,7 @@ def test_on_a_real_model_batch_padding_and_order_change_nothing(method: str) -> 
         assert float((np.abs(again.sel(fact=together["fact"]) - together) / scale).max()) <= 1e-6
 
 
-@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="products round alike with oneMKL only")
+@ALIKE
 def test_products_round_alike_for_any_number_of_rows_once_the_package_is_imported() -> None:
     code = (
         "{}import torch; torch.manual_seed(0); rows, weight = torch.randn(600, 1536), torch.randn(576, 1536);"

@@ -58,7 +58,7 @@ def main() -> None:
         sys.exit(130)
     except (ValueError, OSError) as error:
         damaged = "checksum do not match" in str(error)  # what zarr says of numbers, when they are read
-        hint = "a stored result is damaged; make it again with the same command, which computes only what is lost."
+        hint = "a stored attribution is damaged; run the same attribution again, which computes only what is lost."
         print(f"workbench: {hint if damaged else error}", file=sys.stderr)
         sys.exit(1)
     except (RuntimeError, MemoryError) as error:
