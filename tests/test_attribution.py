@@ -35,7 +35,7 @@ from workbench.results import open_result, validate_attribution
 CPU = Path("/proc/cpuinfo")
 INTEL = CPU.is_file() and "GenuineIntel" in CPU.read_text(encoding="utf-8")
 ALIKE = pytest.mark.skipif(
-    not (INTEL and torch.backends.mkl.is_available()), reason="products round alike by oneMKL on Intel's processors only"
+    not (INTEL and torch.backends.mkl.is_available()), reason="products round alike with oneMKL on Intel only"
 )
 KINDS = ["gpt2", "llama", "qwen2", "gemma3_text", "opt"]
 
