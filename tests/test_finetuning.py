@@ -178,7 +178,7 @@ def test_a_second_start_does_only_what_is_missing(inputs, tmp_path, monkeypatch)
 def test_examples_positions_and_a_search(inputs, tmp_path) -> None:
     rows = tmp_path / "rows.json"
     rows.write_text("[[0, 5, 9, 30], [1, 2, 20, 31], [3, 8, 16, 24]]")
-    one = asked(inputs, "mine", selection=str(rows), rates=(1e-9, 3e-2), epochs=120)
+    one = asked(inputs, "mine", selection=str(rows), rates=(1e-9, 3e-2), epochs=60)
     out = finetune(one, tmp_path / "tuned", progress=False).path
     assert load_json(out / "adapter/adapter_config.json")["positions"] == json.loads(rows.read_text())
     found = pd.read_parquet(out / "search.parquet")

@@ -211,12 +211,12 @@ def test_chance_is_exceeded_as_often_as_it_says(matched: bool) -> None:
     """Of 19 draws and one observation without structure, the observation is the largest in one of 20."""
     exceeded, planted = [], []
     generator = np.random.default_rng(3)
-    for _ in range(400):
+    for repetition in range(400):
         scores = generator.normal(size=(5, 48))
         scores /= np.linalg.norm(scores, axis=1, keepdims=True)
         shared = scores.copy()
         shared[1] = (shared[0] + 0.3 * shared[1]) / np.linalg.norm(shared[0] + 0.3 * shared[1])
-        for values, found in ((scores, exceeded), (shared, planted)):
+        for values, found in ((scores, exceeded), (shared, planted))[: 2 if repetition < 100 else 1]:
 
             def again(order: np.ndarray, values: np.ndarray = values) -> np.ndarray:
                 mixed = np.take_along_axis(values, order, axis=1)
@@ -249,15 +249,15 @@ def test_some_layer_is_beyond_its_level_as_often_as_it_says() -> None:
 
 @pytest.mark.parametrize("harmful", [1, -1])
 def test_pairs_collide_by_chance_in_one_result_of_twenty(harmful: int) -> None:
-    """300 results of four layers without structure, from their draws to their levels; and with a planted pair."""
+    """300 results of four layers without structure, from their draws to their levels; and 100 with a planted pair."""
     generator, found, planted = np.random.default_rng(11), [], []
-    for _ in range(300):
+    for repetition in range(300):
         scores = generator.normal(size=(4, 5, 48)) * np.array([1.0, 3.0, 1.0, 0.2])[:, None, None]
         loud = scores[:, 1] * (np.arange(4) == 2)[:, None]
         for values, beyond in (
             (scores, found),
             (scores + harmful * 4 * np.eye(5)[0][:, None] * loud[:, None], planted),
-        ):
+        )[: 2 if repetition < 100 else 1]:
             layers = [
                 by_chance(lambda order, x=x: products(x, order), 5, np.ones(48), generator=generator, matched=1)
                 for x in values

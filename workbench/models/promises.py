@@ -41,9 +41,7 @@ def refuse_unsupported(hf: Any, name: str) -> None:
             number = str(tensor.dtype).removeprefix("torch.")
             raise ValueError(f"{kind} whose {tensor_name} is {number}: it is quantised, and what it computes cannot be "
                              "attributed to its weights; open the unquantised model.")  # fmt: skip
-    for parameter_name, parameter in hf.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise ValueError(f"{kind} whose weight {parameter_name} has NaN or infinite values; it cannot be read.")
+    check_finite(hf, name)
     ids = probe_ids(hf)
     changed = ids.clone()
     changed[0, -1] = ids[0, 0]
@@ -52,6 +50,18 @@ def refuse_unsupported(hf: Any, name: str) -> None:
     if float((before - after).abs().max()) > 1e-6 * float(before.abs().max()):
         raise ValueError(f"{kind} in which later tokens change earlier ones, as in an encoder; "
                          "only decoder-only language models are supported.")  # fmt: skip
+
+
+@torch.no_grad()
+def check_finite(hf: Any, name: str) -> None:
+    """Raise if a weight is NaN or infinite, with the name of the first and the number of such values."""
+    for key, weight in hf.named_parameters():
+        if weight.numel() and not all(end.isfinite() for end in torch.aminmax(weight)):
+            n, kind = int((~torch.isfinite(weight)).sum()), str(weight.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"the weight {key} of {name} has {n} NaN or infinite values in {kind}; "
+                "the checkpoint is damaged, or needs a wider dtype such as float32"
+            )
 
 
 @torch.no_grad()

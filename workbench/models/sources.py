@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from workbench.models.convert import converted_gguf
 from workbench.models.devices import pick_device, pick_dtype
 from workbench.models.embedded import DEFAULT_NAME, default_model, list_models
+from workbench.models.promises import check_finite
 from workbench.models.quiet import quiet
 
 __all__ = ["LoadedModel", "default_model", "list_models", "load_hf"]
@@ -68,7 +69,7 @@ def load_hf(
         if tokenizer is None:
             tokenizer = read_tokenizer(folder, name, trust_remote_code)
         model = _read_model(folder, name, config, number, attn_implementation, trust_remote_code)
-    _check_weights(model, name)
+    check_finite(model, name)
     _check_vocabulary(model, tokenizer, name)
     torch.nn.Module.to(model, place)
     return LoadedModel(hf=model.eval(), tokenizer=tokenizer, path=folder, name=name)
@@ -259,16 +260,6 @@ def _block(key: str) -> tuple[str, int]:
     """
     found = re.match(r"(.*?\b(?:layers|h|blocks)\.)(\d+)\.", key)
     return (found.group(1), int(found.group(2))) if found else ("", -1)
-
-
-def _check_weights(model: PreTrainedModel, name: str) -> None:
-    for key, weight in model.named_parameters():
-        if not torch.isfinite(weight).all():
-            n, kind = int((~torch.isfinite(weight)).sum()), str(weight.dtype).removeprefix("torch.")
-            raise ValueError(
-                f"the weight {key} of {name} has {n} NaN or infinite values in {kind}; "
-                "the checkpoint is damaged, or needs a wider dtype such as float32"
-            )
 
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
