@@ -74,7 +74,7 @@ def seconds_until(earlier: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
 
 
 def beside(path: Path) -> Path:
-    """Where the transient drift lies beside a trajectory.
+    """Where the history of the transient drift lies beside a trajectory.
 
     >>> beside(Path("runs/watch.csv")).name
     'watch_transient.csv'

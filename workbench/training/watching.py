@@ -68,8 +68,8 @@ class DriftWatch(TrainerCallback):
         layers: of `freeze_layers`.
         floor: noise floor of the first metric (see `noise_floor`), for the share of facts pushed away beyond it.
         most: read at most so many facts of each set, drawn by `seed`.
-        out: a `.parquet` or `.csv` file for the trajectory, written in full at every reading; `transient` goes beside
-            it, as `<name>_transient`.
+        out: a `.parquet` or `.csv` file for the trajectory, written in full at every reading; beside it goes
+            `<name>_transient`, a row each time a fact went farther than before, the last of which is its `transient`.
         seed: of the draw.
         clock: seconds; for tests.
 
@@ -139,8 +139,8 @@ class DriftWatch(TrainerCallback):
         """How far every fact was from its start at most, over all readings: the transient drift.
 
         Columns: group; fact; metric; most (the largest change since the start, counted away from the answer, so that it
-        is at least 0); step (the first at which it was read). After a training that went on from a checkpoint, readings
-        that were undone do not count.
+        is at least 0); step (the first at which it was read). After a training that went on from a checkpoint, with
+        the same `out`, readings before the checkpoint count and those that were undone do not.
         """
         return self.farthest.frame
 
@@ -307,7 +307,7 @@ class DriftWatch(TrainerCallback):
         if self.out is None:
             return
         write_frame(self.trajectory, self.out)
-        write_frame(self.transient, beside(self.out))
+        write_frame(self.farthest.history, beside(self.out))
 
 
 def _check(watch: DriftWatch, probe: FactSet, retained: FactSet | None, most: int) -> None:
