@@ -285,6 +285,36 @@ def test_relations_beyond_and_within_the_null_band():
     assert few.startswith("There are too few facts")
 
 
+def test_measures_are_told_by_their_corrected_layers():
+    table = pd.DataFrame(
+        {"metric": ["gradient"] * 3, "layer": [0, 1, 2], "difference": [0.1, -0.4, 0.9], "low": [0.0, -0.5, -0.1],
+         "high": [0.2, -0.3, 1.9], "q_value": [0.04, 0.01, 0.2]}
+    )  # fmt: skip
+    expected = "Gradient differs within and across relations in 2 of 3 layers, most in layer 1: −0.4 (−0.5 to −0.3)."
+    assert findings.about_measures(table) == [expected]
+    none = findings.about_measures(table.assign(q_value=0.2))
+    assert none == ["Gradient differs within and across relations in 0 of 3 layers."]
+
+
+def test_advice_and_prediction_are_told_and_a_prediction_of_before_is_not(run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "run")
+    reasons = ["freeze: much load", "an even share: little", "more than an even share: none"]
+    columns = {"layer": [0, 1, 2], "load_share": [0.5, 0.3, 0.2], "collision": [1.0, 0.0, -1.0], "budget": [0, 4, 8]}
+    pd.DataFrame({**columns, "reason": reasons}).to_parquet(folder / "advice.parquet")
+    row = {"measure": "gradient", "kind": "best layer", "rho": 0.4, "low": 0.2, "high": 0.6, "q_value": 0.01}
+    row |= {"control": 0.0, "control_low": -0.1, "control_high": 0.1}
+    pd.DataFrame([row]).to_parquet(folder / "prediction.parquet")
+    told = {"verdict": "Trust gradient at layer 3.", "n_facts": 20, "learnt": 0.9, "rate": 0.1}
+    (folder / "prediction.json").write_text(json.dumps(told))
+    text = report(folder).read_text(encoding="utf-8")
+    assert {"advice", "prediction"} <= set(embedded(text))
+    for words in ("Layers to freeze: 0.", "Layer 2: 8 units, more than", told["verdict"], "20 facts, of which 90%"):
+        assert words in text
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "interference": {"harm": False}}))
+    assert told["verdict"] not in report(folder).read_text(encoding="utf-8")
+
+
 def test_perplexity_and_distance_follow_the_sign_of_the_interval():
     row = {"suite": "general", "metric": "perplexity", "method": "lora", "n": 10, "before": 15.0, "after": 16.0}
     ends = {"worse": (0.5, 1.5), "better": (-1.5, -0.5), "not distinguishable": (-0.5, 1.5)}

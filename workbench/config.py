@@ -23,7 +23,18 @@ class AttributionConfig(_Section):
     scope: str = Field("last", description="positions that move: last or all")
     objective: str = Field("logprob", description="what is differentiated: logprob, prob, logit or margin")
     target: str = Field("gold", description="gold (the fact's answer) or predicted")
-    max_facts: int | None = Field(24, ge=2, description="attribute so many known facts, half of them at most")
+    max_facts: int | None = Field(
+        24, ge=2, description="attribute so many known facts, half of them at most, and so many new ones"
+    )
+
+
+class InterferenceConfig(_Section):
+    """How it is measured that facts interfere."""
+
+    metrics: tuple[str, ...] = Field(
+        ("cosine", "jaccard"), description="measures: cosine, jaccard, superposition, gradient, suppression"
+    )
+    harm: bool = Field(False, description="learn every attributed fact alone, and say which measure predicts its harm")
 
 
 class SelectionConfig(_Section):
@@ -77,7 +88,7 @@ class EvaluationConfig(_Section):
 
 
 class Config(_Section):
-    """The straight way: recall, attribute, interfere, select, implant, drift and forgetting, report."""
+    """The straight way: recall, attribute, interfere, advise, select, implant, drift and forgetting, report."""
 
     out: Path = Field(Path("runs/default"), description="the folder of the run")
     model: str = Field("smollm2-135m", description="default's name, folder of safetensors, .gguf file or hub id")
@@ -85,9 +96,12 @@ class Config(_Section):
     dtype: str = Field("auto", description="auto, float32, bfloat16, float16")
     retained: str = Field("world", description="facts that the model may know: a shipped name or a file")
     implanted: str = Field("fictional:24", description="facts to be taught: a shipped name or a file")
-    methods: tuple[str, ...] = Field(("loki", "loki_random", "lora"), description="what is compared")
+    methods: tuple[str, ...] = Field(
+        ("loki", "loki_random", "lora"), description="what is compared; none trains nothing"
+    )
     seed: int = Field(0, ge=0, description="seed of everything that is drawn")
     attribution: AttributionConfig = AttributionConfig()
+    interference: InterferenceConfig = InterferenceConfig()
     selection: SelectionConfig = SelectionConfig()
     training: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -95,7 +109,7 @@ class Config(_Section):
     @field_validator("methods")
     @classmethod
     def _unique(cls, methods: tuple[str, ...]) -> tuple[str, ...]:
-        if not methods or len(set(methods)) != len(methods):
+        if len(set(methods)) != len(methods):
             raise ValueError("methods must be a list of different names")
         return methods
 

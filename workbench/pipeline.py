@@ -2,10 +2,8 @@
 
 import logging
 import shlex
-import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,7 +15,8 @@ from workbench.attribution import attribute, checked_settings
 from workbench.config import Config
 from workbench.facts import FactSet, general_text, load_facts
 from workbench.forgetting import measure_forgetting, neighbourhood_as_before
-from workbench.interfere import interference
+from workbench.interfere import checked_metrics, interference
+from workbench.learning import foresee, layer_advice
 from workbench.loki import BASELINES, METHODS, adapter_for, check_method
 from workbench.models import HookedModel, load_model
 from workbench.opening import open_model
@@ -65,9 +64,9 @@ def run(config: Config | str | Path, *, progress: bool = True) -> RunDir:
 
     `config` is a `Config` or the path of a TOML or JSON file of settings.
 
-    Stages: recall, attribution, interference, selection and implant per method, drift, forgetting, report. Each is
-    keyed by its settings and the digests of its inputs, so that a changed setting redoes what depends on it and
-    nothing else, and a run killed anywhere goes on where it was.
+    Stages: recall, attribution, interference, advice, prediction where it is asked for, selection and implant per
+    method, drift, forgetting, report. Each is keyed by its settings and the digests of its inputs, so that a changed
+    setting redoes what depends on it and nothing else, and a run killed anywhere goes on where it was.
 
     Raises:
         ValueError, FileNotFoundError: settings or inputs that do not fit, before any long work; or another run at
@@ -77,7 +76,7 @@ def run(config: Config | str | Path, *, progress: bool = True) -> RunDir:
     check(config)
     folder = RunDir(Path(config.out))
     folder.file("stages").mkdir(parents=True, exist_ok=True)
-    with folder.lock(), _log_file(folder.file("log.txt")):
+    with folder.lock(), folder.logged("log.txt"):
         way = _Way(config, folder, progress)
         save_json(config.model_dump(mode="json"), folder.file("config.json"))
         for stage in way.stages():
@@ -104,6 +103,7 @@ def check(config: Config) -> None:
         raise ValueError(f"{out} holds something that is not a run; give another folder as out.")
     a = config.attribution
     checked_settings(a.method, a.unit, a.steps, a.rule, a.baseline, a.scope, a.objective, a.target)
+    checked_metrics(config.interference.metrics)
     general_text(config.evaluation.general)
 
 
@@ -117,6 +117,11 @@ class _Way:
         self.model: HookedModel = load_model(config.model, device=config.device, dtype=config.dtype)
         for facts in (self.retained, self.implanted):
             self.model.tokenise(facts)
+        self.measured: dict[str, Any] = {
+            "metrics": config.interference.metrics,
+            "seed": config.seed,
+            "progress": progress,
+        }
         self.general = general_text(config.evaluation.general)
         text_chunks(self.model, self.general, max_tokens=config.evaluation.general_tokens)
         self._check_selection()
@@ -131,27 +136,29 @@ class _Way:
         yield Stage("recall_new", new, ("recall_new.parquet",), self._recall_new)
         attributed = {**known, **config.attribution.model_dump(), "seed": config.seed}
         yield Stage("attribution", attributed, ("attribution.zarr", "facts/retained.jsonl"), self._attribute)
-        yield Stage("interference", attributed, ("interference.zarr",), self._interfere)
+        among = {**attributed, "metrics": config.interference.metrics}
+        yield Stage("interference", among, ("interference.zarr",), self._interfere)
+        both = {**among, **new}
+        yield Stage("attribution_new", {**attributed, **new}, ("attribution_new.zarr",), self._attribute_new)
+        yield Stage("advice", {**both, "quota": config.selection.quota}, ("advice.parquet",), self._advise)
+        if config.interference.harm:
+            yield Stage("prediction", both, ("prediction.parquet", "prediction.json"), self._predict)
         trained: dict[str, Any] = {}
         for method in config.methods:
             if method in LOKI_METHODS:
-                chosen, work = {**attributed, **self._selection(method)}, partial(self._select, method)
+                chosen, work = self._chosen(method, among), partial(self._select, method)
                 yield Stage(f"selection-{method}", chosen, (f"selection/{method}.json",), work)
         for method in config.methods:
-            chosen = {**attributed, **self._selection(method)} if method in LOKI_METHODS else self._restricted()
+            chosen = self._chosen(method, among) if method in LOKI_METHODS else self._restricted()
             trained[method] = {**new, "selection": chosen, "training": config.training.model_dump()}
             files = tuple(f"implant/{method}/{name}" for name in ("adapter", "history.parquet", "training.json"))
             yield Stage(f"implant-{method}", trained[method], files, partial(self._implant, method))
-        yield Stage("drift", {"trained": trained, **attributed}, ("drift.parquet",), self._drift)
-        read = {
-            "trained": trained,
-            **known,
-            **config.evaluation.model_dump(),
-            "text": self.general,
-            "seed": config.seed,
-        }
-        yield Stage("forgetting", read, ("forgetting.parquet",), self._forget)
-        everything = {"config": config.model_dump(mode="json"), **attributed, **read, "version": _version()}
+        read = {**known, **config.evaluation.model_dump(), "seed": config.seed}
+        read |= {"trained": trained, "text": self.general}
+        if config.methods:
+            yield Stage("drift", {"trained": trained, **attributed}, ("drift.parquet",), self._drift)
+            yield Stage("forgetting", read, ("forgetting.parquet",), self._forget)
+        everything = {"config": config.model_dump(mode="json"), **both, **read, "version": _version()}
         yield Stage("report", everything, ("report.html",), self._report)
 
     @cached_property
@@ -170,6 +177,12 @@ class _Way:
     def attributed(self) -> FactSet:
         """The known facts that are attributed, drawn by seed: at most half, so that others are left to be read."""
         return self._split[0]
+
+    @cached_property
+    def new(self) -> FactSet:
+        """The facts to be taught that are attributed too, as many as of the known ones at most."""
+        most = self.config.attribution.max_facts
+        return self.implanted if most is None else self.implanted.at_most(most, self.config.seed)
 
     @cached_property
     def read(self) -> FactSet:
@@ -196,22 +209,47 @@ class _Way:
 
     def _attribute(self) -> None:
         self.attributed.save(self.folder.file("facts/retained.jsonl"))
+        self._score("attribution", self.attributed)
+
+    def _attribute_new(self) -> None:
+        self._score("attribution_new", self.new)
+
+    def _score(self, name: str, facts: FactSet) -> None:
         settings = self.config.attribution.model_dump(exclude={"max_facts"}) | {"seed": self.config.seed}
-        key = {**settings, "facts": self.attributed.digest, "model": self.model.digest}
-        out = self.folder.file("attribution.zarr")
-        if not self.folder.stage_done("attribution-begun", key):
-            shutil.rmtree(out, ignore_errors=True)  # of other settings or facts
-            self.folder.mark_done("attribution-begun", key)
-        attribute(self.model, self.attributed, **settings, out=out, progress=self.progress)
+        out = self.folder.file(f"{name}.zarr")
+        self.folder.begin(name, {**settings, "facts": facts.digest, "model": self.model.digest}, out)
+        attribute(self.model, facts, **settings, out=out, progress=self.progress)
 
     def _interfere(self) -> None:
         scores = open_result(self.folder.file("attribution.zarr"))
-        found = interference(self.model, self.attributed, scores, seed=self.config.seed, progress=self.progress)
+        found = interference(self.model, self.attributed, scores, **self.measured)
         save_result(found, self.folder.file("interference.zarr"), kind="interference")
+
+    def _advise(self) -> None:
+        found, new = (open_result(self.folder.file(f"{name}.zarr")) for name in ("interference", "attribution_new"))
+        frame = layer_advice(found, new=new, quota=self.config.selection.quota, seed=self.config.seed)
+        save_frame(frame, self.folder.file("advice.parquet"))
+
+    def _predict(self) -> None:
+        known = set(self.attributed.ids)
+        facts = FactSet("both", (*self.attributed, *(fact for fact in self.new if fact.id not in known)))
+        scores = [open_result(self.folder.file(f"{name}.zarr")) for name in ("attribution", "attribution_new")]
+        scores[1] = scores[1].sel(fact=[fact.id for fact in facts if fact.id not in known])
+        out, key = self.folder.file("harm.zarr"), {"facts": facts.digest, "model": self.model.digest}
+        self.folder.begin("harm", key, out)
+        frame, about = foresee(self.model, facts, scores, out=out, **self.measured)
+        save_frame(frame, self.folder.file("prediction.parquet"))
+        save_json(about, self.folder.file("prediction.json"))
 
     def _selection(self, method: str) -> dict[str, Any]:
         """Arguments of `select` for a LoKI method."""
         return {**self.config.selection.model_dump(), "seed": self.config.seed, **LOKI_METHODS[method]}
+
+    def _chosen(self, method: str, among: dict[str, Any]) -> dict[str, Any]:
+        """What a selection depends on: the measures of interference only where its strategy reads them."""
+        settings = self._selection(method)
+        apart = set() if settings["strategy"] in READ_INTERFERENCE else {"metrics"}
+        return {name: value for name, value in among.items() if name not in apart} | settings
 
     def _select(self, method: str) -> None:
         scores = open_result(self.folder.file("attribution.zarr"))
@@ -298,20 +336,3 @@ class _Way:
 def _version() -> str:
     """The version of this package, so that a new one makes new pages."""
     return str(provenance()["packages"].get("knowledge-workbench", "not installed"))
-
-
-@contextmanager
-def _log_file(path: Path) -> Iterator[None]:
-    """Append what the workbench logs to a file while a run is at work."""
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logger = logging.getLogger("workbench")
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-        handler.close()

@@ -20,7 +20,9 @@ def run_command(
     model: Annotated[str | None, Parameter(help="default's name, folder, .gguf file or hub id")] = None,
     retained: Annotated[str | None, Parameter(help="facts that the model may know")] = None,
     implanted: Annotated[str | None, Parameter(help="facts to be taught")] = None,
-    methods: Annotated[str | None, Parameter(help="what is compared, separated by commas")] = None,
+    methods: Annotated[
+        str | None, Parameter(help="what is compared, separated by commas; none measures and trains nothing")
+    ] = None,
     quota: Annotated[float | None, Parameter(help="share of the units that is trained, in percent")] = None,
     seed: Annotated[int | None, Parameter(help="seed of everything that is drawn")] = None,
     quiet: Quiet = False,
@@ -28,6 +30,7 @@ def run_command(
     """Go the whole way, from facts to a report page; a second start does only what is missing.
 
     Every setting can be given in a file (--config) or by name (--set attribution.steps=8); see `workbench settings`.
+    For a page on interference alone, with the measure that predicts harm: --methods none --set interference.harm=true
     Killed at any stage, the same command goes on where it was.
     """
     changes: dict[str, Any] = dict(map(_setting, set_ or []))
@@ -35,7 +38,7 @@ def run_command(
              "selection.quota": quota, "seed": seed, "training.seed": seed}  # fmt: skip
     changes |= {name: value for name, value in named.items() if value is not None}
     if methods is not None:
-        changes["methods"] = [name.strip() for name in methods.split(",")]
+        changes["methods"] = [] if methods == "none" else [name.strip() for name in methods.split(",")]
     settings = Config.read(config, changes)
     from workbench.pipeline import run
 

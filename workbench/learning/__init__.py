@@ -1,6 +1,7 @@
 """What learning one fact does to others: a deterministic learner, its harm, which measure predicts it, layer advice."""
 
 from workbench.learning.advice import layer_advice, quotas
+from workbench.learning.foreseeing import foresee
 from workbench.learning.harms import harm
 from workbench.learning.learner import gradients, learnt, natural_rate, unlocked
 from workbench.learning.pairs import mantel
@@ -12,6 +13,7 @@ __all__ = [
     "behaviour",
     "by_layer",
     "effective_rank",
+    "foresee",
     "gradients",
     "harm",
     "layer_advice",

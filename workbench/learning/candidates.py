@@ -32,11 +32,7 @@ def aligned(interference: xr.Dataset, harm: xr.Dataset) -> tuple[Matrix, list[Ca
         raise ValueError("The interference and the harm are of different models: measure both on the same one.")
     both = {str(i) for i in harm["fact"].values} & {str(i) for i in harm["other"].values}
     ids = [str(i) for i in interference["fact"].values if str(i) in both]
-    if len(ids) < FEWEST:
-        raise ValueError(
-            f"A prediction needs at least {FEWEST} facts that both results have, as read and as learnt; there are "
-            f"{len(ids)}."
-        )
+    check_enough(len(ids))
     target = harm["harm"].sel(fact=ids, other=ids).transpose("fact", "other").values.astype(np.float64)
     found = interference["value"].sel(fact=ids, other=ids).transpose("metric", "layer", "fact", "other")
     layers = tuple(int(layer) for layer in interference["layer"].values)
@@ -51,6 +47,15 @@ def aligned(interference: xr.Dataset, harm: xr.Dataset) -> tuple[Matrix, list[Ca
         measures.append(Candidate(str(metric), "best layer", matrices, layers))
         measures.append(Candidate(str(metric), "mean over layers", matrices.mean(0)[None]))
     return target, [*measures, *_first_order(interference, harm, ids), *_baselines(interference, harm, ids)]
+
+
+def check_enough(n_facts: int) -> None:
+    """Raise `ValueError` for too few facts to choose a measure by and to judge it by."""
+    if n_facts < FEWEST:
+        raise ValueError(
+            f"A prediction needs at least {FEWEST} facts that both results have, as read and as learnt; there are "
+            f"{n_facts}."
+        )
 
 
 def _first_order(interference: xr.Dataset, harm: xr.Dataset, ids: list[str]) -> list[Candidate]:

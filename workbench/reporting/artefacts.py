@@ -27,6 +27,9 @@ class Artefacts:
     facts: FactSet = NO_FACTS
     attribution: xr.Dataset = field(default_factory=xr.Dataset)
     interference: xr.Dataset = field(default_factory=xr.Dataset)
+    advice: pd.DataFrame = field(default_factory=pd.DataFrame)
+    prediction: pd.DataFrame = field(default_factory=pd.DataFrame)
+    predicted: dict[str, Any] = field(default_factory=dict)
     selections: dict[str, Selection] = field(default_factory=dict)
     history: pd.DataFrame = field(default_factory=pd.DataFrame)
     training: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -34,7 +37,8 @@ class Artefacts:
     forgetting: pd.DataFrame = field(default_factory=pd.DataFrame)
 
 
-STAGES = ("recall", "recall_new", "attribution", "interference", "selections", "history", "drift", "forgetting")
+STAGES = ("recall", "recall_new", "attribution", "interference", "advice", "prediction", "selections", "history",
+          "drift", "forgetting")  # fmt: skip
 
 
 def has(artefact: pd.DataFrame | xr.Dataset | FactSet | dict[str, Any]) -> bool:
@@ -63,6 +67,7 @@ def read_artefacts(folder: str | Path) -> Artefacts:
     trainings = {
         m: load_json(path / "implant" / m / "training.json") for m in methods if _has(path, m, "training.json")
     }
+    asked = config.get("interference", {}).get("harm", True)  # else an earlier run left it
     found = Artefacts(
         folder=path,
         config=config,
@@ -72,6 +77,9 @@ def read_artefacts(folder: str | Path) -> Artefacts:
         facts=load_facts(path / RETAINED) if (path / RETAINED).is_file() else NO_FACTS,
         attribution=_dataset(path / "attribution.zarr"),
         interference=_dataset(path / "interference.zarr"),
+        advice=_frame(path / "advice.parquet"),
+        prediction=_frame(path / "prediction.parquet") if asked else pd.DataFrame(),
+        predicted=_json(path / "prediction.json") if asked else {},
         selections={m: Selection.load(path / "selection" / f"{m}.json") for m in _methods(path, config, "selection")},
         history=pd.concat(histories, ignore_index=True) if histories else pd.DataFrame(),
         training=trainings,

@@ -132,6 +132,21 @@ def about_relations(table: pd.DataFrame, pairs: int | None = None) -> list[str]:
     ]
 
 
+def about_measures(table: pd.DataFrame) -> list[str]:
+    """Say for every measure in how many layers facts of one relation differ from others, and where most."""
+    sentences = []
+    for metric, rows in table.dropna(subset=["difference", "q_value"]).groupby("metric", sort=False):
+        called = rows[rows["q_value"] <= RATE]
+        text = f"{_capital(str(metric))} differs within and across relations in {len(called)} of {len(rows)} layers"
+        if len(called):
+            peak = called.loc[called["difference"].abs().idxmax()].to_dict()
+            text += (
+                f", most in layer {peak['layer']}: {number(peak['difference'], sign=True)} ({_ends(peak, sign=True)})"
+            )
+        sentences.append(text + ".")
+    return sentences
+
+
 def about_selection(table: pd.DataFrame, kind: str) -> list[str]:
     """Say how many units each method trains and how much of the load they carry."""
     every = table[table["method"] == "all"]

@@ -1,55 +1,19 @@
 """The sections of the page: each takes a run's artefacts through tables and figures to findings."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from workbench import figures
 from workbench.attribution import by_layer, strongest
 from workbench.intervals import DRAWS, SEED, means
 from workbench.reporting import findings, tables
 from workbench.reporting.artefacts import Artefacts, has
+from workbench.reporting.collisions import advice, measures, prediction
+from workbench.reporting.parts import Panel, Picker, Section
 from workbench.reporting.words import number
-
-
-@dataclass(frozen=True)
-class Picker:
-    """A choice that changes a figure: option names, what each replaces in the figure, and rows to show beside it."""
-
-    label: str
-    options: list[str]
-    patches: list[dict[str, Any]]
-    rows: list[list[tuple[str, str]]] = field(default_factory=list)
-    search: bool = False
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One figure as plain data, with a caption that also describes it to a screen reader."""
-
-    name: str
-    caption: str
-    figure: dict[str, Any]
-    findings: list[str] = field(default_factory=list)
-    picker: Picker | None = None
-    half: bool = False
-
-
-@dataclass(frozen=True)
-class Section:
-    """One part of the page; without panels it says in `absent` why it is empty."""
-
-    name: str
-    title: str
-    about: str
-    panels: list[Panel] = field(default_factory=list)
-    table: pd.DataFrame | None = None
-    source: str = ""
-    absent: str = ""
-    headline: list[str] = field(default_factory=list)
 
 
 def sections(run: Artefacts) -> list[Section]:
@@ -231,6 +195,9 @@ BUILDERS: tuple[tuple[Callable[[Artefacts], Section], str, tuple[str, ...]], ...
     (_units, "The strongest units of each fact", ("attribution", "facts")),
     (_overlap, "Interference between facts", ("interference",)),
     (_relations, "Within and across relations", ("interference",)),
+    (measures, "Interference by measure", ("interference",)),
+    (prediction, "Which measure predicts harm", ("prediction",)),
+    (advice, "Which layers to train", ("advice",)),
     (_selection, "Load and selection", ("interference", "selections")),
     (_training, "Training", ("history",)),
     (_drift, "Drift", ("drift",)),
@@ -241,6 +208,8 @@ WORDS = {
     "attribution": "attribution",
     "facts": "facts",
     "interference": "interference",
+    "prediction": "prediction of harm (interference.harm)",
+    "advice": "advice on layers",
     "selections": "selection",
     "history": "training history",
     "drift": "drift",

@@ -3,8 +3,10 @@
 import contextlib
 import functools
 import importlib.metadata
+import logging
 import os
 import platform
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -78,11 +80,33 @@ class RunDir:
         """Forget that the stage was done; what it wrote stays until it is written again."""
         self._marker(name).unlink(missing_ok=True)
 
+    def begin(self, name: str, key: object, out: Path) -> None:
+        """Remove what unfinished work under another key left at `out`; under the same one it can go on there."""
+        if not self.stage_done(f"{name}-begun", key):
+            shutil.rmtree(out, ignore_errors=True)
+            self.mark_done(f"{name}-begun", key)
+
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the run folder for this process; a second run in the same folder gets a `ValueError` at once."""
         with exclusive(self.path / ".lock", f"Another run is at work in {self.path}"):
             yield
+
+    @contextlib.contextmanager
+    def logged(self, name: str) -> Iterator[None]:
+        """Append what the workbench logs to a file of the run while it is at work."""
+        handler = logging.FileHandler(self.file(name), encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logger = logging.getLogger("workbench")
+        level = logger.level
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+            handler.close()
 
     def _marker(self, name: str) -> Path:
         return self.file(f"stages/{name}.json")
