@@ -202,6 +202,43 @@ def test_a_result_says_how_many_draws_judge_its_pairs_and_one_draw_judges_none(l
         colliding_pairs(found, metric="suppression")
 
 
+def test_suppression_judges_its_pairs_by_nineteen_draws_of_random_units(llama, tmp_path) -> None:
+    scores, everything = llama
+    model = tiny("llama")
+    found = measured(model, ["suppression"], scores=scores, draws=19, parts=tmp_path / "parts")
+    one = everything.sel(metric=["suppression"])
+    np.testing.assert_allclose(found["value"], one["value"], atol=2e-5)  # draws change the null alone
+    assert found.attrs["unit_draws"] == {"suppression": 19}
+    assert (found["chance"] >= one["chance"] - 2e-5).all()  # the largest of 19, the first of which is the one
+    assert np.isfinite(found["level"]).all()
+    pairs = colliding_pairs(found, metric="suppression")
+    by_hand = set()
+    for layer, i, j in np.argwhere(found["value"].values[0] > found["level"].values[0][:, None, None] + 1e-6):
+        if i != j:
+            by_hand.add((layer, ASKED.ids[i], ASKED.ids[j]))
+    assert set(zip(pairs["layer"], pairs["fact"], pairs["other"], strict=True)) == by_hand
+    with pytest.raises(ValueError, match=r"other settings .*draws"):
+        measured(model, ["suppression"], scores=scores, draws=20, parts=tmp_path / "parts")
+
+
+def test_planted_suppression_is_beyond_its_level_and_not_once_it_is_gone() -> None:
+    model, facts = planted.model(), planted.facts()
+    scores = attribute(model, facts, unit="neuron", progress=False)
+    for units, wanted in ((scores, {(1, "Italy", "Spain"), (1, "Spain", "Italy")}), (shuffled(scores), set())):
+        found = interference(model, facts, units, metrics=["suppression"], draws=19, progress=False)
+        pairs = colliding_pairs(found, metric="suppression")
+        assert set(zip(pairs["layer"], pairs["fact"], pairs["other"], strict=True)) == wanted
+
+
+def shuffled(scores: xr.Dataset) -> xr.Dataset:
+    """The units of every fact in another order: nothing is shared but by chance."""
+    order = np.random.default_rng(0).permuted(
+        np.tile(np.arange(scores.sizes["unit"]), (scores.sizes["fact"], 1)), axis=1
+    )
+    values = np.take_along_axis(scores["score"].values, order[:, None], axis=2)
+    return scores.assign(score=(scores["score"].dims, values))
+
+
 def test_key_statistics_are_moments_of_the_pairs_off_the_diagonal(llama) -> None:
     _, found = llama
     row = key_statistics(found).set_index("layer").loc[2]
@@ -286,11 +323,13 @@ def test_what_a_measure_refuses_is_refused_before_another_starts(monkeypatch) ->
             measured(model, ["suppression", last], scores=scores, **wrong)
 
 
-def planted_measures(without: Sequence[tuple[int, int]] = (), subjects: Sequence[str] = tuple(planted.RELATION)):
+def planted_measures(
+    without: Sequence[tuple[int, int]] = (), subjects: Sequence[str] = tuple(planted.RELATION), **options
+) -> xr.Dataset:
     model, facts = planted.model(without), planted.facts(subjects)
     text = [" ".join(["the capital of", *planted.RELATION, "is a city in the sky"] * 3)]
     scores = attribute(model, facts, unit="neuron", progress=False)
-    return interference(model, facts, scores, metrics=ALL, text=text, permutations=20, progress=False)
+    return interference(model, facts, scores, metrics=ALL, text=text, permutations=20, progress=False, **options)
 
 
 def test_planted_interference_is_found_at_its_layer_and_nowhere_else_and_not_once_it_is_gone() -> None:
@@ -358,6 +397,7 @@ def test_what_cannot_be_measured_is_refused_before_any_work(llama) -> None:
         ({"metrics": ["cosine", "cosine"]}, "asked for twice"),
         ({"top": 0}, "percentage"),
         ({"permutations": 0}, "at least one permutation"),
+        ({"draws": 0}, "at least one draw of random units"),
         ({"memory": 0}, "positive number of GiB"),
         ({"text": "one text"}, "list of passages"),
     ):

@@ -45,6 +45,9 @@ def interference_command(
     permutations: Annotated[
         int, Parameter(help="draws of the nulls that shuffle facts", validator=Number(gte=1))
     ] = 999,
+    draws: Annotated[
+        int, Parameter(help="of random units for suppression; 19 judge its pairs, at 7 times the cost")
+    ] = 1,
     text: Annotated[str, Parameter(help="general, or a text file of passages, for superposition")] = "general",
     memory: Annotated[float | None, Parameter(help="GiB beside the model; half of what is free")] = None,
     asked: Asked = Asked(),
@@ -52,7 +55,7 @@ def interference_command(
     """Measure how much every two facts interfere in every layer: within a relation against across, and by meaning.
 
     Each number stands beside what shuffled facts and shuffled units give; pairs beyond the level of their layer collide
-    (corrected over layers; suppression has too few draws to judge pairs). suppression takes facts^2 x layers passes of
+    (corrected over layers; suppression with --draws 19). suppression takes facts^2 x layers passes of
     a token: give it few facts (--sample).
     """
     check_out(out, "interference", facts, attribution)
@@ -66,7 +69,7 @@ def interference_command(
     passages = general_text(text)
     from workbench.interfere import checked_metrics, conflict_rates, interference, key_statistics, within_across
 
-    checked_metrics(names, top, permutations, memory)
+    checked_metrics(names, top, permutations, memory, draws)
     opened, chosen = model_and_facts(model, facts, replace(asked, known_only=False, sample=None))
     if scores is not None:
         check_made_with(scores, opened.digest, opened.name)
@@ -82,7 +85,13 @@ def interference_command(
         )  # fmt: skip
     else:
         scores = scores.sel(fact=list(chosen.ids))
-    options: dict[str, Any] = {"metrics": names, "top": top, "permutations": permutations, "text": passages}
+    options: dict[str, Any] = {
+        "metrics": names,
+        "top": top,
+        "permutations": permutations,
+        "text": passages,
+        "draws": draws,
+    }
     options |= {"seed": asked.seed, "memory": memory, "progress": not asked.quiet}
     with unfinished(out if "suppression" in names else None) as parts:
         result = interference(opened, chosen, scores, **options, parts=parts)

@@ -32,10 +32,10 @@ def suppression(problem: Problem) -> Iterator[Found]:
     attribution scored) are silenced; positive where j's units carry i, and the diagonal is what they do for j itself.
     Not symmetric.
 
-    Each pair and layer is a query of the engine, and the nulls take two more: random units, as many as j's own, and
-    random units of similar mean |activation| at that token, one draw of each, which is too few to judge a pair. The
-    cost grows with facts^2 x layers: 50 facts on a model of 30 layers are 225,000 queries of one token; choose few
-    facts.
+    Each pair and layer is a query of the engine, and so is each pair of a null: random units, as many as j's own, in
+    `draws` draws, and random units of similar mean |activation| at that token, in one. One draw of random units is too
+    few to judge a pair; the 19 that do cost 21/3 of it. The cost grows with facts^2 x layers: 50 facts on a model of
+    30 layers are 225,000 queries of one token with one draw; choose few facts.
     """
     model, layers = problem.opened, problem.layers
     unit = str(problem.attribution.attrs["unit"])
@@ -44,8 +44,9 @@ def suppression(problem: Problem) -> Iterator[Found]:
     batches = _batches(problem, room)
     sets = _silenced(problem, _mean_activation(problem, batches, unit))
     n_facts = len(problem.tokens)
-    drop = np.zeros((len(layers), n_facts, 3 * n_facts), dtype=np.float64)
-    queries = [(place, j) for place in range(len(layers)) for j in range(3 * n_facts)]
+    n_sets = (2 + problem.draws) * n_facts
+    drop = np.zeros((len(layers), n_facts, n_sets), dtype=np.float64)
+    queries = [(place, j) for place in range(len(layers)) for j in range(n_sets)]
     with tqdm(total=n_facts * len(queries), unit="query", desc="suppression", disable=not problem.progress) as bar:
         for batch in batches:
             facts = [problem.tokens[i] for i in batch]
@@ -60,8 +61,8 @@ def suppression(problem: Problem) -> Iterator[Found]:
             for i, row in zip(batch, kept, strict=True):
                 drop[:, i] = np.array(row["drop"]).reshape(len(layers), -1)
     for place in range(len(layers)):
-        own, shuffled, matched = np.split(drop[place], 3, axis=1)
-        yield Found(own, [drawn(shuffled)], [drawn(matched)])
+        own, *shuffled, matched = np.split(drop[place], 2 + problem.draws, axis=1)
+        yield Found(own, [drawn(one) for one in shuffled], [drawn(matched)])
 
 
 def _drops(
@@ -130,13 +131,13 @@ def _mean_activation(
 
 
 def _silenced(problem: Problem, activation: Callable[[int], Float[np.ndarray, " unit"]]) -> list[list[np.ndarray]]:
-    """Per layer the units that are zeroed: every fact's own, then as many random ones, then as many matched ones."""
+    """Per layer the units that are zeroed: every fact's own, then as many random ones, draw by draw, then matched."""
     sets = []
     for layer in problem.layers:
         own = top_sets(problem.scores(layer), problem.top)
         generator = problem.generator(layer)
         size = activation(layer)
-        free = np.take_along_axis(own, orders(len(own), len(size), generator), axis=1)
+        free = [np.take_along_axis(own, orders(len(own), len(size), generator), axis=1) for _ in range(problem.draws)]
         matched = np.take_along_axis(own, matched_orders(len(own), size, generator), axis=1)
-        sets.append([np.flatnonzero(marks) for marks in np.concatenate([own, free, matched])])
+        sets.append([np.flatnonzero(marks) for marks in np.concatenate([own, *free, matched])])
     return sets

@@ -65,6 +65,7 @@ def interference(
     metrics: Sequence[str] = ("cosine", "jaccard"),
     top: float | int = 1.0,
     permutations: int = 999,
+    draws: int = 1,
     seed: int = 0,
     text: Sequence[str] | None = None,
     memory: float | int | None = None,
@@ -83,6 +84,8 @@ def interference(
             with facts^2 x layers. `METRICS` holds them, and each says in its docstring what it computes.
         top: size of the top sets of "jaccard" and "suppression", in percent of a layer's units.
         permutations: draws of the nulls that shuffle facts.
+        draws: of random units in the place of every fact's own, for "suppression": from 19 on its pairs are judged, at
+            seven times the cost of one; the other measures, which run no pass for a draw, always have 19.
         seed: of all draws; written into the result.
         text: passages of general text for "superposition"; None is the shipped prose.
         memory: GiB that may be taken beside the model; None is half of what is free.
@@ -99,7 +102,7 @@ def interference(
         any two facts reaches when every fact's units are shuffled, in `unit_draws` draws (an attribute, by metric: n
         draws are exceeded by chance in one layer of n + 1), and `matched_chance` when they are shuffled among units of
         similar size only; `expected`, the mean value of two facts when units are shuffled; `level`, beyond which a pair
-        collides, corrected over layers (see `colliding_pairs`; NaN for "suppression", whose one draw judges no pair).
+        collides, corrected over layers (see `colliding_pairs`; NaN for "suppression" of fewer than 19 `draws`).
         With a model, `meaning` (fact, other), how near two facts are by the embedding, and per metric and layer its
         rank correlation with the value `meaning_rho`, `meaning_p` (Mantel) and `meaning_q`.
         `load` (layer, unit): mean |score| over facts, what the facts lean on. With "gradient", `gradient_norm`
@@ -109,8 +112,10 @@ def interference(
         ValueError: fewer than two facts, an unknown metric, an attribution of another model or of other facts, too
             little memory or text for a measure, or parts of other work.
     """
+    checked_metrics(metrics, top, permutations, memory, draws)
     problem = _problem(model, facts, attribution, metrics, top, permutations, seed, text, memory, progress)
     if "suppression" in metrics:
+        problem = replace(problem, draws=draws)
         problem = replace(problem, parts=_kept(problem, parts))
     streams = {name: METRICS[name].find(problem) for name in metrics}  # each refuses at once what it cannot do
     ids, relations = list(problem.facts.ids), [fact.relation for fact in problem.facts]
@@ -164,8 +169,7 @@ def _problem(
     memory: float | int | None,
     progress: bool,
 ) -> Problem:
-    """Check everything that can be refused before the first pass."""
-    checked_metrics(metrics, top, permutations, memory)
+    """Check everything of the inputs that can be refused before the first pass."""
     if "score" not in attribution or "unit" not in attribution.attrs:
         raise ValueError("The attribution has no scores of a kind of unit: give a result of `attribute`.")
     ids = [str(i) for i in attribution["fact"].values]
@@ -201,11 +205,16 @@ def _kept(problem: Problem, folder: str | Path | None) -> Parts:
         scores.update(np.ascontiguousarray(problem.scores(layer)).tobytes())
     about: dict[str, Any] = {"model": problem.opened.digest, "facts": problem.facts.digest, "layers": problem.layers}
     about |= {"unit": problem.attribution.attrs["unit"], "top": problem.top, "seed": problem.seed}
+    about |= {"draws": problem.draws} if problem.draws > 1 else {}
     return Parts(folder, about | {"scores": scores.hexdigest()})
 
 
 def checked_metrics(
-    metrics: Sequence[str], top: float | int = 1.0, permutations: int = 1, memory: float | int | None = None
+    metrics: Sequence[str],
+    top: float | int = 1.0,
+    permutations: int = 1,
+    memory: float | int | None = None,
+    draws: int = 1,
 ) -> None:
     """Raise `ValueError` with one sentence for what `interference` would refuse of these arguments."""
     if isinstance(metrics, str) or not metrics:
@@ -219,6 +228,8 @@ def checked_metrics(
         raise ValueError(f"top is {top}: give a percentage of a layer's units, above 0 and up to 100.")
     if permutations < 1:
         raise ValueError(f"A null needs at least one permutation, not {permutations}.")
+    if draws < 1:
+        raise ValueError(f"suppression needs at least one draw of random units, not {draws}.")
     if memory is not None and not memory > 0:
         raise ValueError(f"memory must be a positive number of GiB, not {memory}.")
 

@@ -61,6 +61,7 @@ class Problem:
     memory: float | int | None = None  # GiB
     progress: bool = False
     parts: Parts = field(default_factory=lambda: Parts(None, {}))  # what is kept of unfinished work
+    draws: int = 1  # of random units, for "suppression"
 
     @property
     def layers(self) -> list[int]:

@@ -33,8 +33,8 @@ def colliding_pairs(result: xr.Dataset, *, metric: str = "cosine") -> pd.DataFra
         direction that is beyond; `fact` is the one that suffers.
 
     Raises:
-        ValueError: a measure that the result lacks, a result from before there were levels, or "suppression", of whose
-            null there is one draw, too few to judge pairs by.
+        ValueError: a measure that the result lacks, a result from before there were levels, or "suppression" of fewer
+            than 19 `draws`, too few to judge pairs by.
     """
     _asked(result, metric)
     if "level" not in result:
@@ -42,8 +42,8 @@ def colliding_pairs(result: xr.Dataset, *, metric: str = "cosine") -> pd.DataFra
     harmful = METRICS[metric].harmful if metric in METRICS else 1
     if result["level"].sel(metric=metric).isnull().all():
         raise ValueError(
-            f"The pairs of {metric!r} are not judged: one draw of its null is too few. Read `value` beside `chance`, "
-            f"or judge by another measure, as {next(name for name in METRICS if name != metric)}."
+            f"The pairs of {metric!r} are not judged: so few draws of its null are too few. Give 19 as draws, or "
+            f"judge by another measure, as {next(name for name in METRICS if name != metric)}."
         )
     rows = []
     relations = groups(result["relation"].values)
