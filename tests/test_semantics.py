@@ -193,6 +193,8 @@ def test_the_noise_floor_is_the_percentile_of_gaps_between_wordings() -> None:
         assert value == pytest.approx(np.percentile(gaps, 95), abs=1e-6)
         assert (n_pairs, n_facts) == (6, 2)
     assert len(floor) == 2 + 3
+    again = tuple(replace(fact, paraphrases=(*fact.paraphrases, fact.prompt, *fact.paraphrases)) for fact in facts)
+    pd.testing.assert_frame_equal(noise_floor(model, FactSet("again", again)), floor)  # said twice is no wording
     with pytest.raises(ValueError, match="has a paraphrase"):
         noise_floor(model, facts.filter(ids=["kenya"]))
 
@@ -210,6 +212,11 @@ def test_pushed_away_counts_what_lies_above_the_floor() -> None:
     assert (found["high"] > found["share"]).all()
     toward = drift.assign(metric="toward")
     assert pushed_away(toward, floor).empty  # no floor, no verdict
+    both = pd.concat([floor.assign(anchor=name) for name in ("stated", "centroid")])
+    assert pushed_away(drift.assign(anchor="stated"), both)["n"].tolist() == [3, 4]
+    for one, other in ((drift, both), (drift.assign(anchor="stated"), floor)):
+        with pytest.raises(ValueError, match="column `anchor`"):
+            pushed_away(one, other)
 
 
 def test_folders_and_several_models_by_name(tmp_path) -> None:
@@ -227,6 +234,8 @@ def test_what_does_not_fit_is_refused_in_one_sentence() -> None:
         measure_drift(tiny("llama"), tiny("llama"), FACTS, metrics=["d_emd"])
     with pytest.raises(ValueError, match="no anchor 'mean'"):
         semantic_distance(tiny("llama"), FACTS, anchor="mean")
+    with pytest.raises(ValueError, match="No layer is asked for"):
+        semantic_distance(tiny("llama"), FACTS, metrics=["d_layer"], layers=[])
     with pytest.raises(ValueError, match="no layer 3"):
         semantic_distance(tiny("llama"), FACTS, layers=[3])
     narrow = load_model(random_model("opt", word_embed_proj_dim=16), tokenizer=tokenizer())

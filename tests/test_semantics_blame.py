@@ -16,7 +16,7 @@ from workbench import figures
 from workbench.models import HookedModel, load_model
 from workbench.results import save_result
 from workbench.selection import Selection
-from workbench.semantics import attribute_drift, changed_units, drift_shares, elsewhere, reverted, similarity
+from workbench.semantics import attribute_drift, blame, changed_units, drift_shares, elsewhere, reverted, similarity
 from workbench.semantics.leaning import matched, sizes
 from workbench.semantics.reverting import changes
 
@@ -144,6 +144,26 @@ def test_matched_units_are_others_and_near_in_size() -> None:
     assert len(seen) > 10
 
 
+def test_a_fact_whose_probability_did_not_drift_has_no_share_of_it(monkeypatch) -> None:
+    read = blame.place_facts
+    places: list[blame.Place] = []
+
+    def still(*given) -> blame.Place:
+        place = read(*given)
+        if len(places) < 2:  # before and after
+            place.logprob[0] = -1.0
+        places.append(place)
+        return place
+
+    monkeypatch.setattr(blame, "place_facts", still)
+    frame = attribute_drift(base(), changed(), FACTS).query("metric == 'logprob'")
+    first = frame["fact"] == FACTS.ids[0]
+    assert frame[first]["drift"].eq(0).all()
+    assert frame[first]["back"].ne(0).any()
+    assert frame[first]["share"].isna().all()
+    assert np.isfinite(frame[~first]["share"]).all()
+
+
 def test_weights_elsewhere_are_counted_and_what_does_not_fit_is_refused(caplog: pytest.LogCaptureFixture) -> None:
     first, second = base(), changed()
     with torch.no_grad():
@@ -154,6 +174,10 @@ def test_weights_elsewhere_are_counted_and_what_does_not_fit_is_refused(caplog: 
     assert (frame[frame["units"].eq("trained") & frame["layer"].isna()]["share"] != 1).all()
     with pytest.raises(ValueError, match="no trained units"):
         attribute_drift(first, base(), FACTS)
+    with pytest.raises(ValueError, match="no trained units"):
+        attribute_drift(first, base(), FACTS, selection=changed_units(first, second))
+    with pytest.raises(ValueError, match="selection has no units"):
+        attribute_drift(first, second, FACTS, selection=Selection.from_positions([[], [], []], unit="node", n_units=32))
     with pytest.raises(ValueError, match="attribution is of neurons and the selection of nodes"):
         attribute_drift(first, second, FACTS, scores(first, "neuron"), changed_units(first, second))
     with pytest.raises(ValueError, match="no scores of 8"):

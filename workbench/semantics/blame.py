@@ -99,11 +99,13 @@ def attribute_drift(
     units = _units(first, second, attribution, selection)
     scores = None if attribution is None else magnitudes(attribution, facts, units)
     by_layer = changes(first, second, units)
-    if not by_layer:
+    other = elsewhere(first, second, units)
+    if not any(change.differs for change in by_layer.values()) and (selection is None or not other):
         raise ValueError(
             f"No down-projection of {second.name} differs from {first.name}: there are no trained units to revert."
         )
-    other = elsewhere(first, second, units)
+    if not by_layer:
+        raise ValueError("The selection has no units: leave it out to revert all that differ.")
     if other:
         log.warning("%d weights beyond these units differ too (%s, ...); they are not reverted.", len(other), other[0])
     size = sizes(second, tokens, by_layer)
@@ -217,9 +219,10 @@ class _Trial:
         moved, returned = (self.end.state - place.state for place in (self.start, found))
         length = moved.double().norm(dim=1)
         part = torch.einsum("fd,fd->f", returned.double(), moved.double()) / length**2
+        ratio = torch.where(drift != 0, back / drift, torch.nan)
         return [
-            labels.assign(metric=metric, drift=whole.numpy(), back=some.numpy(), share=(some / whole).numpy())
-            for metric, whole, some in (("logprob", drift, back), ("state", length, part * length))
+            labels.assign(metric=metric, drift=whole.numpy(), back=some.numpy(), share=share.numpy())
+            for metric, whole, some, share in (("logprob", drift, back, ratio), ("state", length, part * length, part))
         ]
 
 

@@ -121,8 +121,10 @@ def check_metrics(metrics: Sequence[str], known: Sequence[str]) -> list[str]:
 
 
 def check_layers(layers: Sequence[int] | None, model: HookedModel) -> list[int]:
-    """The layers asked for, or all; one that the model does not have is a `ValueError`."""
-    wanted = list(range(model.n_layers)) if layers is None else list(layers)
+    """The layers asked for, each once, or all; one that the model does not have, or none, is a `ValueError`."""
+    wanted = list(range(model.n_layers)) if layers is None else list(dict.fromkeys(layers))
+    if not wanted:
+        raise ValueError(f"No layer is asked for: {model.name} has layers 0 to {model.n_layers - 1}; None is all.")
     for layer in wanted:
         if not 0 <= layer < model.n_layers:
             raise ValueError(f"There is no layer {layer}: {model.name} has layers 0 to {model.n_layers - 1}.")

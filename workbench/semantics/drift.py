@@ -95,15 +95,15 @@ def noise_floor(
 ) -> pd.DataFrame:
     """The 95th percentile of |d(x) - d(x')| over pairs of wordings of a fact, before any training.
 
-    The wordings of a fact are its prompt and its paraphrases, all of them compared with each other. Each wording has
-    an anchor of its own (stated in its own words), but the centroid, which is the fact's.
+    The wordings of a fact are its prompt and its paraphrases; all that differ are compared with each other. Each
+    wording has an anchor of its own (stated in its own words), but the centroid, which is the fact's.
 
     Returns:
         Frame with metric, layer (missing for `d_emb`, `d_soft`), floor, n_pairs and n_facts; and anchor, if several
         are asked for. Without a pair whose anchors are confirmed the floor is missing.
 
     Raises:
-        ValueError: no fact has a paraphrase; unknown metrics or anchors.
+        ValueError: no fact has a paraphrase that differs from its prompt; unknown metrics or anchors.
     """
     chosen = check_metrics(metrics, DISTANCES)
     anchors = check_anchors(anchor)
@@ -137,6 +137,9 @@ def pushed_away(drift: pd.DataFrame, floor: pd.DataFrame) -> pd.DataFrame:
     that have no floor are left out. Columns: (method, group, anchor,) metric, layer, floor, n, pushed, share, low,
     high.
 
+    Raises:
+        ValueError: one of the two has several anchors and the other does not say which is its own.
+
     >>> drift = pd.DataFrame({"metric": "d_emb", "layer": pd.NA, "change": [0.0, 0.3]})
     >>> floor = pd.DataFrame({"metric": ["d_emb"], "layer": [pd.NA], "floor": [0.1]})
     >>> pushed_away(drift, floor)[["n", "pushed", "share"]].values.tolist()
@@ -144,6 +147,11 @@ def pushed_away(drift: pd.DataFrame, floor: pd.DataFrame) -> pd.DataFrame:
     """
     keys = [name for name in ("method", "group", "anchor", "metric", "layer") if name in drift]
     shared = [name for name in ("anchor", "metric", "layer") if name in drift and name in floor]
+    if ("anchor" in drift) != ("anchor" in floor):
+        raise ValueError(
+            "Only one of the drift and the floor has the column `anchor`: measure both with the same anchors, given in "
+            "the same way."
+        )
     records = []
     levels = {_key(row, shared): row["floor"] for _, row in floor.iterrows()}
     for place, rows in drift.groupby(keys, sort=False, dropna=False):
@@ -169,12 +177,12 @@ def check_anchors(anchor: str | Sequence[str]) -> list[str]:
 
 
 def _pairs(facts: FactSet) -> tuple[list[tuple[int, int]], list[int]]:
-    """Pairs of wordings of one fact, as rows of `facts.per_prompt()`, and the fact of every row."""
+    """Pairs of different wordings of one fact, as rows of `facts.per_prompt()`, and the fact of every row."""
     of = [i for i, fact in enumerate(facts) for _ in (fact.prompt, *fact.paraphrases)]
-    rows: dict[int, list[int]] = {}
-    for row, i in enumerate(of):
-        rows.setdefault(i, []).append(row)
-    return [pair for own in rows.values() for pair in combinations(own, 2)], of
+    rows: dict[int, dict[str, int]] = {}
+    for row, fact in enumerate(facts.per_prompt()):
+        rows.setdefault(of[row], {}).setdefault(fact.prompt, row)
+    return [pair for own in rows.values() for pair in combinations(own.values(), 2)], of
 
 
 def _target(model: HookedModel, facts: FactSet, wordings: FactSet, of: list[int], anchor: str) -> Target:

@@ -33,6 +33,11 @@ class Change:
     weight: Float[Tensor, "chosen width"]
     bias: Float[Tensor, " chosen"] | None
 
+    @property
+    def differs(self) -> bool:
+        """Whether any of these weights is another than before."""
+        return bool(self.weight.any()) or (self.bias is not None and bool(self.bias.any()))
+
     def added(
         self, inputs: Float[Tensor, "batch pos d_mlp"], mask: Bool[Tensor, "batch chosen"]
     ) -> Float[Tensor, "batch pos d_model"] | Float[Tensor, "batch pos chosen"]:
