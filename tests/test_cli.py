@@ -182,6 +182,23 @@ def test_bad_input_is_one_sentence_and_a_non_zero_exit(arguments, sentence, monk
     assert "Traceback" not in printed
 
 
+def test_a_run_without_methods_and_with_harm_is_asked_for_by_name(monkeypatch, tmp_path) -> None:
+    asked: list[Config] = []
+
+    def run(settings: Config, progress: bool) -> wb.RunDir:
+        asked.append(settings)
+        return wb.RunDir(tmp_path)
+
+    monkeypatch.setattr("workbench.pipeline.run", run)
+    metrics = 'interference.metrics=["cosine", "gradient"]'
+    assert call(monkeypatch, "run", "--methods", "none", "--set", "interference.harm=true", "--set", metrics) == 0
+    assert asked[0].methods == ()
+    assert asked[0].interference.harm
+    assert asked[0].interference.metrics == ("cosine", "gradient")
+    assert call(monkeypatch, "run") == 0
+    assert asked[1] == Config()
+
+
 def test_an_unknown_command_is_explained(monkeypatch, capsys) -> None:
     assert call(monkeypatch, "explode") == 2
     printed = "".join(capsys.readouterr())

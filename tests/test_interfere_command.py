@@ -48,10 +48,15 @@ def test_the_command_equals_the_function_and_refuses_first(tmp_path: Path, monke
         within_across(interference(model, chosen, scores, permutations=9, seed=3, progress=False)),
         check_dtype=False, rtol=1e-4,
     )  # fmt: skip
+    judged = tmp_path / "judged.zarr"
+    few = ("--metrics", "suppression", "--sample", 3, "--draws", 19)
+    assert call(monkeypatch, *common, "--out", judged, "--attribution", stored, *few) == 0
+    assert open_result(judged)["level"].notnull().all()
     capsys.readouterr()
     monkeypatch.setattr("workbench.models.load_model", lambda *args, **kwargs: pytest.fail("opened before the check"))
     for arguments, message in (
         (("--metrics", "cosine,nothing"), "no measure 'nothing'"),
+        (("--draws", 0), "at least one draw"),
         (("--out", tmp_path / "found.txt"), "must end in .zarr, .csv or .parquet"),
         (("--out", stored.parent / "scores.zarr"), "kind 'attribution', not 'interference'"),
         (("--text", tmp_path / "none.txt"), "no text file"),
