@@ -89,8 +89,7 @@ def filter_facts(
     known, frame = _judged(
         distance, rule, keep, facts, metric, weight=weight, low=low, embeddings=embeddings, loss=loss, seed=seed
     )
-    kept = [str(fact) for fact in frame.loc[frame["kept"], "fact"]]
-    return known.filter(ids=kept, name=f"{known.name}:{rule}-{len(kept)}")
+    return kept_of(known, frame, rule)
 
 
 def filtered(
@@ -110,6 +109,12 @@ def filtered(
     if unknown := sorted(set(options) - set(defaults)):
         raise ValueError(f"The filter has no option {unknown[0]!r}; known are {', '.join(defaults)}.")
     return _judged(distance, rule, keep, facts, metric, **(defaults | options))[1]
+
+
+def kept_of(facts: FactSet, table: pd.DataFrame, rule: str) -> FactSet:
+    """The facts that a frame of `filtered` keeps, in their own order, under the name that `filter_facts` gives them."""
+    kept = [str(fact) for fact in table.loc[table["kept"].astype(bool), "fact"]]
+    return facts.filter(ids=kept, name=f"{facts.name}:{rule}-{len(kept)}")
 
 
 def spread(pool: Pool) -> Int[np.ndarray, " kept"]:

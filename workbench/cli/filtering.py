@@ -38,7 +38,7 @@ def filter_command(
     for written in (out, table_file):
         if Path(facts).exists() and written.resolve() == Path(facts).resolve():
             raise ValueError(f"{written} is the file of the facts themselves; give another --out.")
-    from workbench.filtering import check_options, filter_facts, filtered
+    from workbench.filtering import check_options, filtered, kept_of
 
     check_options(rule, share, weight, low)
     opened, chosen = model_and_facts(model, facts, asked)
@@ -48,12 +48,11 @@ def filter_command(
 
     distance, needed = filter_inputs(opened, chosen, rule, metric=metric, progress=not asked.quiet)
     options: dict[str, Any] = {**needed, "weight": weight, "low": low, "seed": asked.seed}
-    kept = filter_facts(distance, rule=rule, keep=share, **options)
     table = filtered(distance, rule=rule, keep=share, **options)
     show(
         table.groupby("why", sort=False)["distance"].agg(facts="size", mean="mean", low="min", high="max").reset_index()
     )
-    print(kept.save(out))
+    print(kept_of(chosen, table, rule).save(out))
     table.to_csv(table_file, index=False)
     print(table_file)
 
