@@ -217,18 +217,20 @@ def test_every_method_is_restricted_to_layers_alike(inputs, tmp_path, monkeypatc
         "d": (["--layers", "0", "1"], {0, 1}),  # loki selects there only
         "e": (["--selection", str(rows), "--layers", "0"], {0}),
         "f": (["--method", "lora"], {0, 1, 2}),
+        "g": (["--method", "full", "--selection", str(rows)], {0, 2}),
+        "h": (["--method", "ln_tuning", "--layers", "1"], {1}),
     }
     for name, (arguments, layers) in ways.items():
         assert call(monkeypatch, "implant", *always, *arguments, "--out", str(tmp_path / name)) == 0
         assert trained_layers(tmp_path / name) == layers, name
     for arguments in (["--layers", "3"], ["--method", "lora", "--layers", "3"]):
         capsys.readouterr()
-        assert call(monkeypatch, "implant", *always, *arguments, "--out", str(tmp_path / "g")) == 1
+        assert call(monkeypatch, "implant", *always, *arguments, "--out", str(tmp_path / "none")) == 1
         assert "layers holds 3; the layers of this model are 0 to 2" in capsys.readouterr().err
-        assert not (tmp_path / "g").exists()  # the same folder can be given again
+        assert not (tmp_path / "none").exists()  # the same folder can be given again
     rows.write_text("[[0], [1]]")
     with pytest.raises(ValueError, match="2 layers but"):
-        finetune(asked(inputs, method="lora", selection=str(rows)), tmp_path / "h", progress=False)
+        finetune(asked(inputs, method="lora", selection=str(rows)), tmp_path / "i", progress=False)
 
 
 def test_the_command_equals_the_function(inputs, tmp_path, monkeypatch, capsys) -> None:
@@ -252,7 +254,7 @@ def test_the_command_equals_the_function(inputs, tmp_path, monkeypatch, capsys) 
 @pytest.mark.parametrize("rule", ["spread", "near_diverse", "loss"])
 def test_only_what_a_filter_keeps_is_taught(rule, inputs, tmp_path, monkeypatch) -> None:
     taught = []
-    monkeypatch.setattr(finetuning, "tokenise", lambda model, data, *rest: taught.append(data) or 1 / 0)
+    monkeypatch.setattr(finetuning, "implant", lambda model, data, *rest, **options: taught.append(data) or 1 / 0)
     one = asked(inputs, method="lora", filter=rule, keep=4, filter_weight=3.0)
     with pytest.raises(ZeroDivisionError):
         finetune(one, tmp_path / "out", progress=False)
@@ -271,11 +273,37 @@ def test_only_what_a_filter_keeps_is_taught(rule, inputs, tmp_path, monkeypatch)
     by_hand = filtered(distance, rule=rule, keep=4, facts=facts, weight=3.0, **options)
     pd.testing.assert_frame_equal(told, by_hand, check_dtype=False)
     monkeypatch.setattr(finetuning, "filter_inputs", lambda *given, **options: pytest.fail("read again"))
-    with pytest.raises(ZeroDivisionError):  # a second start, where the first was stopped before it had settings
+    with pytest.raises(ZeroDivisionError):  # a second start
         finetune(one, tmp_path / "out", progress=False)
     assert taught[1].ids == expected.ids
-    with pytest.raises(pytest.fail.Exception, match="read again"):
+    with pytest.raises(ValueError, match=r"another keep \(4, not 3\)"):
         finetune(replace(one, keep=3), tmp_path / "out", progress=False)
+
+
+def test_two_starts_at_once_do_not_both_filter(inputs, tmp_path, monkeypatch) -> None:
+    def second(*given, **options):
+        with pytest.raises(ValueError, match="Another run is at work"):
+            finetune(one, tmp_path / "out", progress=False)
+        raise InterruptedError
+
+    one = asked(inputs, method="lora", filter="random", keep=4)
+    monkeypatch.setattr(finetuning, "filter_inputs", second)
+    with pytest.raises(InterruptedError):
+        finetune(one, tmp_path / "out", progress=False)
+    with pytest.raises(ValueError, match="has no chat template"):  # what does not fit leaves no folder
+        finetune(replace(one, chat=True), tmp_path / "none", progress=False)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_saved_selection_says_what_its_units_are(inputs, tmp_path, monkeypatch) -> None:
+    chosen = Selection.from_positions([[0, 39], [], [4]], unit="neuron", n_units=40)
+    arguments = ["--model", inputs["model"], "--data", inputs["mine"], "--retained", inputs["known"], "--epochs", "1",
+                 "--selection", chosen.save(tmp_path / "neurons.json"), "-q"]  # fmt: skip
+    for name, named in (("a", []), ("a", ["--unit", "neuron"])):  # the second start has nothing to do
+        assert call(monkeypatch, "implant", *arguments, *named, "--out", str(tmp_path / name)) == 0
+    config = load_json(tmp_path / "a/adapter/adapter_config.json")
+    assert (config["unit"], config["positions"]) == ("neuron", chosen.positions())
+    assert load_json(tmp_path / "a/settings.json")["unit"] == "neuron"
 
 
 @pytest.mark.parametrize(
@@ -287,8 +315,9 @@ def test_only_what_a_filter_keeps_is_taught(rule, inputs, tmp_path, monkeypatch)
         (["--data", "fictional:3", "--filter", "spread", "--filter-weight", "-1"], "weight must be a finite number"),
         (["--data", "fictional:3", "--method", "magic"], "'magic' is not known; choose one of loki, lora"),
         (["--data", "fictional:3", "--method", "ia3", "--rank", "4"], "takes no rank"),
-        (["--data", "fictional:3", "--method", "full", "--selection", "x.json"], "takes no selection"),
-        (["--data", "fictional:3", "--method", "ln_tuning", "--layers", "1", "2"], "takes no layers"),
+        (["--data", "fictional:3", "--method", "lora", "--unit", "neuron"], "takes no unit"),
+        (["--data", "fictional:3", "--selection", "neurons.json", "--unit", "node"], "of neurons, not of nodes"),
+        (["--data", "fictional:3", "--filter", "spread", "--keep", "4"], "keep=4 does not fit: fictional:3 holds 3"),
         (["--data", "fictional:3", "--method", "lora", "--selection", "x.json"], "no file x.json (selection)"),
         (["--data", "fictional:3", "--selection", "x.json"], "no file x.json (selection)"),
         (["--data", "fictional:3", "--general", "x.txt"], "no text file x.txt"),
@@ -310,6 +339,7 @@ def test_bad_input_is_one_sentence_before_any_model_is_opened(
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken/thesis.txt").write_text("years of work")
     (tmp_path / "file").write_text("")
+    Selection.from_positions([[0], [1], [2]], unit="neuron", n_units=40).save(tmp_path / "neurons.json")
     monkeypatch.setattr("workbench.finetuning.load_model", None)
     out = [] if "--out" in arguments else ["--out", "new"]
     assert call(monkeypatch, "implant", *arguments, *out) == 1
@@ -326,6 +356,11 @@ def test_a_selection_or_quota_that_does_not_fit_the_model_comes_before_training(
         finetune(asked(inputs, selection=str(rows)), tmp_path / "a", progress=False)
     with pytest.raises(ValueError, match=r"of 32 units .* is less than one unit"):
         finetune(asked(inputs, quota=1.0), tmp_path / "b", progress=False)
+    with pytest.raises(ValueError, match=r"rank of 9 is more than the 8 nodes of a layer that a quota of 25% trains"):
+        finetune(asked(inputs, rank=9), tmp_path / "c", progress=False)
+    with pytest.raises(ValueError, match="rank of 11 is more than the 10 neurons"):
+        finetune(asked(inputs, rank=11, unit="neuron"), tmp_path / "c", progress=False)
+    assert list(tmp_path.iterdir()) == [rows]
 
 
 def test_a_model_that_knows_nothing_can_be_tuned_but_not_attributed(inputs, tmp_path) -> None:

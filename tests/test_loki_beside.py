@@ -2,10 +2,18 @@
 
 import pytest
 import torch
-from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from peft import (
+    LoHaConfig,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file
 from test_loki import ROWS, logits, plain, same_bits, tiny, train
-from transformers import ArceeConfig, AutoModelForCausalLM, MptConfig, OlmoConfig
+from transformers import ArceeConfig, AutoModelForCausalLM, DiffLlamaConfig, MptConfig, OlmoConfig
 
 from workbench.loki import LokiConfig, LokiLayer, adapter_for, attach, matched, merged_copy, parameter_count
 from workbench.opening import open_model
@@ -95,6 +103,15 @@ def test_two_methods_on_one_projection_are_not_merged():
         merged_copy(model)
 
 
+@pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig, PromptEncoderConfig])
+def test_learned_tokens_are_not_merged(config, tmp_path):
+    model = get_peft_model(tiny(), config(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path)
+    for call in (lambda: merged_copy(model), lambda: open_model(tmp_path, base=tiny())):
+        with pytest.raises(ValueError, match=rf"{model.active_peft_config.peft_type.value} puts learned tokens"):
+            call()
+
+
 @pytest.mark.parametrize("merging", ["loki", "lora"])
 def test_peft_wrappers_of_one_model_train_and_merge_both(merging, tmp_path):
     loki = get_peft_model(tiny(), LokiConfig(selection=ROWS), adapter_name="facts")
@@ -128,7 +145,7 @@ def test_two_methods_on_one_projection_are_refused_before_anything_is_touched():
 
 
 def family(kind):
-    config = {"arcee": ArceeConfig, "mpt": MptConfig, "olmo": OlmoConfig}[kind]
+    config = {"arcee": ArceeConfig, "mpt": MptConfig, "olmo": OlmoConfig, "diffllama": DiffLlamaConfig}[kind]
     sizes = {"d_model": 16, "n_heads": 2, "n_layers": 2, "vocab_size": 40} if kind == "mpt" else WIDTHS
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config(**sizes, **({} if kind == "mpt" else {"intermediate_size": 24})))
@@ -148,6 +165,10 @@ def test_a_family_that_no_table_names_needs_no_target_modules(tmp_path):
 def test_normalisations_are_found_by_their_names_or_missed_in_a_sentence():
     tuned = attach(family("mpt"), adapter_for(family("mpt"), "ln_tuning"))
     assert sum(weight.requires_grad for weight in tuned.parameters()) == 5  # two a block, and the last
+    differential = family("diffllama")
+    tuned = attach(family("diffllama"), adapter_for(differential, "ln_tuning"))  # its groupnorm has no weight
+    assert sum(weight.requires_grad for weight in tuned.parameters()) == 5
+    assert torch.equal(logits(tuned.eval()), logits(differential.eval()))
     with pytest.raises(ValueError, match="normalisations of OlmoForCausalLM have no weights"):
         adapter_for(family("olmo"), "ln_tuning")
 
@@ -185,6 +206,24 @@ def test_layers_restrict_every_method_alike():
     assert adapter_for(tiny(), "lora", layers=[1]).target_modules == {"model.layers.1.mlp.down_proj"}
     model = attach(tiny(), adapter_for(tiny(), "loki", layers=[1], selection=ROWS))
     assert [name.split(".")[4] for name, weight in model.named_parameters() if weight.requires_grad] == ["1"]
+
+
+def trained_names(model):
+    return {name.removeprefix("base_model.model.") for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
+def test_layers_restrict_what_trains_everywhere(kind):
+    inside = f"{'transformer.h' if kind == 'gpt2' else 'model.decoder.layers' if kind == 'opt' else 'model.layers'}.1."
+    whole = {name for name, _ in tiny(kind).named_parameters()}
+    full = attach(tiny(kind), adapter_for(tiny(kind), "full", layers=[1]))
+    assert trained_names(full) == {name for name in whole if name.startswith(inside)}
+    assert trained_names(attach(tiny(kind), adapter_for(tiny(kind), "full", layers=[1, 0]))) == whole  # all of them
+    for layers in ([1], None):
+        config = adapter_for(tiny(kind), "ln_tuning", layers=layers)
+        found = {name.replace(".ln_tuning_layers.default", "") for name in trained_names(attach(tiny(kind), config))}
+        norms = {name for name in whole if "norm" in name or "ln_" in name}
+        assert found == {name for name in norms if layers is None or name.startswith(inside)}
 
 
 def test_a_rank_is_at_most_the_number_of_rows():

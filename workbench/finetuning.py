@@ -11,10 +11,10 @@ import pandas as pd
 
 from workbench.attribution import attribute
 from workbench.facts import ExampleSet, Fact, FactSet, general_text, load_facts, load_training_data
-from workbench.filtering import check_options, filtered
+from workbench.filtering import check_options, filtered, kept_of
 from workbench.forgetting import measure_forgetting
 from workbench.interfere import interference
-from workbench.loki import EVERYWHERE, METHODS, adapter_for, check_method, parameter_count
+from workbench.loki import METHODS, adapter_for, check_method, parameter_count
 from workbench.models import HookedModel, load_model
 from workbench.opening import open_model
 from workbench.recollection import read_facts, recall, text_chunks
@@ -38,8 +38,8 @@ from workbench.training import (
 
 #: Passes over a person's own examples where nothing else is asked for; facts are repeated until they are known.
 EXAMPLE_EPOCHS = 3
-#: What a start leaves that was stopped, or refused by what the model says, before its settings were settled.
-BEGUN = {".lock", "stages", "filter.parquet"}
+#: What a start leaves that was stopped before its settings were written.
+BEGUN = {".lock", "stages"}
 
 
 def finetune(asked: FineTune, out: str | Path, *, command: str = "", progress: bool = True) -> RunDir:
@@ -56,11 +56,12 @@ def finetune(asked: FineTune, out: str | Path, *, command: str = "", progress: b
     Raises:
         FileNotFoundError, ValueError, PermissionError: what does not fit, before any long work starts.
     """
-    data, retained = check(asked, Path(out))
+    asked, data, retained = check(asked, Path(out))
     folder = RunDir(Path(out))
     way = _Way(asked, data, retained, folder, command, progress)  # before the folder: what does not fit leaves none
     folder.file("stages").mkdir(parents=True, exist_ok=True)
     with folder.lock():
+        _check_out(asked, folder.path)  # another start may have ended since
         save_json(asked.settings(), folder.file("settings.json"))
         units = None if asked.selection is None else load_json(asked.selection)
         key = {"settings": asked.settings(), "model": way.model.digest, "data": way.data.digest,
@@ -73,20 +74,22 @@ def finetune(asked: FineTune, out: str | Path, *, command: str = "", progress: b
     return folder
 
 
-def check(asked: FineTune, out: Path) -> tuple[FactSet | ExampleSet, FactSet]:
-    """The data and the retained facts; raise for everything that can be known to be wrong before a model is opened."""
+def check(asked: FineTune, out: Path) -> tuple[FineTune, FactSet | ExampleSet, FactSet]:
+    """What is asked with its unit settled, the data and the retained facts.
+
+    Raises for everything that can be known to be wrong before a model is opened.
+    """
     kind = check_method(asked.method)
-    everywhere = kind in EVERYWHERE
     for name, value, fits in (
         ("rank", asked.rank, METHODS[kind].ranked),
-        ("selection", asked.selection, not everywhere),
-        ("layers", asked.layers, not everywhere),
+        ("unit", asked.unit, kind == "loki" or asked.selection is not None),
     ):
         if value is not None and not fits:
             raise ValueError(f"The method {asked.method!r} takes no {name}; leave it out.")
     check_choice(asked.strategy, asked.quota)
     if asked.selection is not None and not Path(asked.selection).is_file():
         raise FileNotFoundError(f"There is no file {asked.selection} (selection).")
+    asked = asked.settled()
     check_options(asked.filter, asked.keep, asked.filter_weight)
     if asked.watch is not None and not 0 <= asked.watch <= 1:
         raise ValueError(f"watch is a share of the known facts, 0 to 1, not {asked.watch}.")
@@ -99,7 +102,9 @@ def check(asked: FineTune, out: Path) -> tuple[FactSet | ExampleSet, FactSet]:
     data = load_training_data(asked.data, format=asked.format)
     if asked.filter != "all" and not isinstance(data, FactSet):
         raise ValueError(f"The filter {asked.filter!r} is for facts, and {asked.data} holds examples; leave it out.")
-    return data, load_facts(asked.retained)
+    if asked.filter != "all" and isinstance(asked.keep, int) and asked.keep > len(data):
+        raise ValueError(f"keep={asked.keep} does not fit: {asked.data} holds {len(data)} facts.")
+    return asked, data, load_facts(asked.retained)
 
 
 def _check_out(asked: FineTune, out: Path) -> None:
@@ -139,12 +144,10 @@ class _Way:
         self.data = data
         if template:
             self.data = data.as_chat(template) if isinstance(data, FactSet) else data.as_chat()
-        if asked.filter != "all" and isinstance(self.data, FactSet):
-            self.data = self._filtered(self.data)
         self.retained = retained.as_chat(template) if template else retained
         few = EXAMPLE_EPOCHS if isinstance(data, ExampleSet) else asked.training.max_epochs
         self.training = asked.training.model_copy(update={"max_epochs": asked.epochs or few})
-        self.items = tokenise(self.model, self.data, self.training.paraphrases)
+        tokenise(self.model, self.data, self.training.paraphrases)  # raises for what the model cannot be taught
         self.model.tokenise(self.retained)
         self.general = general_text(asked.general)
         text_chunks(self.model, self.general, max_tokens=asked.general_tokens)
@@ -152,25 +155,14 @@ class _Way:
         if not self.loki or asked.selection:
             parameter_count(self.model, self._adapter())  # raises where it does not fit the model
         else:
-            check_choice(asked.strategy, asked.quota, self.model.width(asked.unit))
+            unit = asked.unit or "node"
+            most = check_choice(asked.strategy, asked.quota, self.model.width(unit))  # where unevenly, on average
+            if asked.rank is not None and asked.rank > most:
+                raise ValueError(
+                    f"A rank of {asked.rank} is more than the {most} {unit}s of a layer that a quota of "
+                    f"{asked.quota:g}% trains; take a lower rank, or a higher quota."
+                )
             adapter_for(self.model, asked.method, selection=[[0]] * self.model.n_layers, layers=asked.layers)
-
-    def _filtered(self, facts: FactSet) -> FactSet:
-        """The facts that the filter keeps, by what the model says of them before training; asked once."""
-        rule, place = self.asked.filter, self.folder.file("filter.parquet")
-        how: dict[str, Any] = {
-            "keep": self.asked.keep,
-            "weight": self.asked.filter_weight,
-            "seed": self.asked.training.seed,
-        }
-        key = {"model": self.model.digest, "facts": facts.digest, "rule": rule, **how}
-        if not self.folder.stage_done("filter", key):
-            self.folder.invalidate("filter")
-            distance, needed = filter_inputs(self.model, facts, rule, progress=self.progress)
-            save_frame(filtered(distance, rule=rule, **needed, **how), place)
-            self.folder.mark_done("filter", key, [place.name])
-        kept = load_frame(place).query("kept")["fact"].astype(str).tolist()
-        return facts.filter(ids=kept, name=f"{facts.name}:{rule}-{len(kept)}")
 
     def stages(self) -> list[tuple[str, tuple[str, ...], Callable[[], None]]]:
         """Name, files and work of every stage."""
@@ -180,7 +172,9 @@ class _Way:
                 ("attribution", ("attribution.zarr",), self._attribute),
                 ("selection", ("selection.json",), self._select),
             ]
+        filtering = [("filter", ("filter.parquet",), self._filter)] if self.asked.filter != "all" else []
         return [
+            *filtering,
             ("recall", ("recall.parquet",), self._recall),
             *selecting,
             ("training", ("adapter", "training.json", "history.parquet"), self._train),
@@ -224,6 +218,22 @@ class _Way:
         choosing = self.asked.max_facts if self.loki and self.asked.selection is None else 0
         return self.known.apart(choosing, self.training.seed)
 
+    @cached_property
+    def taught(self) -> FactSet | ExampleSet:
+        """The data, of facts what the filter keeps."""
+        if self.asked.filter == "all" or not isinstance(self.data, FactSet):
+            return self.data
+        return kept_of(self.data, load_frame(self.folder.file("filter.parquet")), self.asked.filter)
+
+    def _filter(self) -> None:
+        """Judge the facts by what the model says of them before training."""
+        asked, facts = self.asked, self.data
+        assert isinstance(facts, FactSet)
+        distance, needed = filter_inputs(self.model, facts, asked.filter, progress=self.progress)
+        how: dict[str, Any] = {"keep": asked.keep, "weight": asked.filter_weight, "seed": self.training.seed}
+        table = filtered(distance, rule=asked.filter, **needed, **how)
+        save_frame(table, self.folder.file("filter.parquet"))
+
     def _recall(self) -> None:
         """Ask retained facts in the order of the seed, until enough are known or none is left."""
         wanted, asked = self.asked.max_facts + self.asked.max_retained * (2 if self.asked.rates else 1), 0
@@ -237,7 +247,7 @@ class _Way:
 
     def _attribute(self) -> None:
         out = self.folder.file("attribution.zarr")
-        attribute(self.model, self.attributed, unit=self.asked.unit, out=out, progress=self.progress)
+        attribute(self.model, self.attributed, unit=self.asked.unit or "node", out=out, progress=self.progress)
 
     def _select(self) -> None:
         asked = self.asked
@@ -272,7 +282,7 @@ class _Way:
         settings = self.training
         if self.asked.rates:
             found = search_learning_rate(
-                self.model, self.data, self._adapter, self.asked.rates, train_config=settings,
+                self.model, self.taught, self._adapter, self.asked.rates, train_config=settings,
                 forgetting=self._lost if len(self.tuning) else None, progress=self.progress,
             )  # fmt: skip
             save_frame(found, self.folder.file("search.parquet"))
@@ -286,7 +296,7 @@ class _Way:
             place = self.folder.file("trajectory.parquet")
             watch = [DriftWatch(self.model, self.known, **bounds, out=place, seed=settings.seed)]
         options: dict[str, Any] = {"out": self.folder.path, "callbacks": watch, "progress": self.progress}
-        implant(self.model, self.data, self._adapter(), settings, **options)
+        implant(self.model, self.taught, self._adapter(), settings, **options)
 
     def _lost(self, run: TrainingRun) -> float:
         """Share of the facts for tuning that a trained model does not answer."""
@@ -300,8 +310,8 @@ class _Way:
 
     def _forget(self) -> None:
         suites: dict[str, Any] = {"retained": self.read, "general": self.general}
-        if isinstance(self.data, FactSet):
-            suites["paraphrase"] = held_out_prompts(self.data, self.training.paraphrases)
+        if isinstance(self.taught, FactSet):
+            suites["paraphrase"] = held_out_prompts(self.taught, self.training.paraphrases)
         suites = {name: suite for name, suite in suites.items() if len(suite)}
         tuned = load_model(str(self.folder.file("merged")), device=self.asked.device, dtype=self.model.dtype)
         frame = measure_forgetting(
@@ -311,7 +321,8 @@ class _Way:
 
     def _describe(self) -> None:
         about = load_json(self.folder.file("training.json"))
-        numbers = {"trained prompts answered before": f"{efficacy(self.model.hf, self.items):.0%}"}
+        items = tokenise(self.model, self.taught, self.training.paraphrases)
+        numbers = {"trained prompts answered before": f"{efficacy(self.model.hf, items):.0%}"}
         numbers |= figures_of(load_frame(self.folder.file("forgetting.parquet")))
         for place, merged in (("README.md", True), ("merged/README.md", True), ("adapter/README.md", False)):
             text = card(about, numbers=numbers, command=self.command, merged=merged)

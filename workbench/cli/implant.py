@@ -34,7 +34,10 @@ def implant_command(
     layers: Annotated[
         tuple[int, ...] | None, Parameter(consume_multiple=True, negative="", help="train only these layers")
     ] = None,
-    unit: Annotated[Literal["node", "neuron"], Parameter(help="loki: rows or columns of the down-projection")] = "node",
+    unit: Annotated[
+        Literal["node", "neuron"] | None,
+        Parameter(help="rows or columns of the down-projection; that of a saved selection, or node, when not given"),
+    ] = None,
     rank: Annotated[
         int | None,
         Parameter(help="rank of the methods that have one; loki: 0, the rows in full", validator=Number(gte=0)),
@@ -108,7 +111,7 @@ def implant_command(
     facts that the model knows (about a second a fact on the default model), and
     trains only those that matter least to them. The others are baselines: lora,
     rslora, dora, pissa, olora, corda, kasa, adalora, shira, ia3 and full_ffn (in
-    full) on the same layers; ln_tuning, and full (every weight).
+    full) on the same projections; ln_tuning, and full (every weight).
 
     --out gets adapter/ (for peft), merged/ (for plain transformers), README.md
     (a model card with the numbers, also in both), forgetting.parquet,

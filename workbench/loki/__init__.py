@@ -6,7 +6,6 @@ and transformers' own `load_adapter` know it.
 
 from .adapters import (
     BASELINES,
-    EVERYWHERE,
     METHODS,
     Dense,
     adapter_config,
@@ -27,7 +26,6 @@ from .sites import down_projections
 
 __all__ = [
     "BASELINES",
-    "EVERYWHERE",
     "METHODS",
     "Dense",
     "LokiConfig",

@@ -137,9 +137,6 @@ METHODS: dict[str, Method] = {
 BASELINES = tuple(name for name in METHODS if name != "loki")
 """The methods that need no selection."""
 
-EVERYWHERE = ("ln_tuning", "full")
-"""The methods that cannot be restricted to layers."""
-
 
 def adapter_config(
     method: str,
@@ -193,8 +190,8 @@ def adapter_for(
 ) -> PeftConfig | Dense:
     """Return the configuration of a method on a model's own down-projections, whatever the family.
 
-    `model` is a `HookedModel` or a transformers model. `layers` restricts a method to some layers; `ln_tuning` and
-    `full` train what they train everywhere. `options` are those of `adapter_config`.
+    `model` is a `HookedModel` or a transformers model. `layers` restricts every method to some layers: `ln_tuning` to
+    the normalisations inside them, `full` to their weights. `options` are those of `adapter_config`.
     """
     hf = getattr(model, "hf", model)
     names, kind = down_names(model), check_method(method)
@@ -202,17 +199,30 @@ def adapter_for(
     if outside or (layers is not None and not len(layers)):
         found = f"holds {outside[0]}" if outside else "is empty"
         raise ValueError(f"layers {found}; the layers of this model are 0 to {len(names) - 1}.")
-    weights = [name.rpartition(".")[0] for name, _ in hf.named_parameters()]
-    if kind == "ln_tuning" and not any(re.fullmatch(NORMS, name) for name in weights):
-        raise ValueError(f"The normalisations of {type(hf).__name__} have no weights; choose another method.")
+    part = sorted(set(range(len(names)) if layers is None else layers))
     if kind == "loki":
         options["layers"] = layers
-    elif layers is not None and len(set(layers)) < len(names):
-        options["target_modules"] = [names[layer] for layer in sorted(set(layers))]
+    elif len(part) < len(names):
+        options["target_modules"] = [names[layer] for layer in part]
     if getattr(hf.config, "model_type", None) not in DOWN_PROJECTIONS:
         options.setdefault("target_modules", names)
     conv1d = is_conv1d(hf.get_submodule(names[0]))
-    return adapter_config(method, model_config=hf.config, conv1d=conv1d, **options)
+    config = adapter_config(method, model_config=hf.config, conv1d=conv1d, **options)
+    blocks = tuple(re.sub(r"(\.\d+)\..*", r"\1", names[layer]) for layer in part if len(part) < len(names))
+    if kind == "full" and blocks:
+        return Dense(blocks)
+    if isinstance(config, LNTuningConfig):
+        config.target_modules = _normalisations(hf, tuple(block + "." for block in blocks) or "")
+    return config
+
+
+def _normalisations(hf: nn.Module, start: str | tuple[str, ...]) -> list[str] | str:
+    """What names the normalisations that have weights: one expression where it names no other, or their paths."""
+    named = [name for name, _ in hf.named_modules() if re.fullmatch(NORMS, name)]
+    found = [n for n in named if n.startswith(start) and any(True for _ in hf.get_submodule(n).parameters())]
+    if not found:
+        raise ValueError(f"The normalisations of {type(hf).__name__} have no weights; choose another method.")
+    return NORMS if found == named else found
 
 
 def check_method(method: str) -> str:
@@ -260,9 +270,11 @@ def trainable_parameters(model: nn.Module) -> int:
 def merged_copy(model: nn.Module) -> Any:
     """Return a plain copy of a model with its active adapters merged, put on it by peft or by transformers itself.
 
-    Adapters that are disabled are left out. ValueError where one method lies over another.
+    Adapters that are disabled are left out. ValueError where one method lies over another, or for learned tokens.
     """
     refuse_stacked(model)
+    for adapter in getattr(model, "peft_config", {}).values():
+        _refuse_unmergeable(adapter)
     plain: Any = copy.deepcopy(model)
     if hasattr(plain, "merge_and_unload"):
         return plain.merge_and_unload()
@@ -281,6 +293,15 @@ def merged_copy(model: nn.Module) -> Any:
     return plain
 
 
+def _refuse_unmergeable(adapter: PeftConfig) -> None:
+    """Raise ValueError, naming the method, for one whose learned tokens are no part of any weight."""
+    if adapter.is_prompt_learning or adapter.is_adaption_prompt:
+        raise ValueError(
+            f"{str(adapter.peft_type).rpartition('.')[2]} puts learned tokens before the text or into attention, which "
+            "no weight can hold, so it cannot be merged into a plain model; train a method that changes weights."
+        )
+
+
 def load_adapted(
     folder: str | Path, base: Any = None, *, dtype: str = "auto", device: str = "auto", tokenizer: Any = None
 ) -> tuple[nn.Module, Any]:
@@ -295,6 +316,7 @@ def load_adapted(
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} holds no {name}, so it is not an adapter saved in safetensors by peft.")
     config = PeftConfig.from_pretrained(str(folder))
+    _refuse_unmergeable(config)
     model, tokenizer = _base_model(folder, base or config.base_model_name_or_path, dtype, device, tokenizer)
     with expected_warnings():
         merged = PeftModel.from_pretrained(model, str(folder), config=config).merge_and_unload()

@@ -92,12 +92,15 @@ def select(
     return Selection(xr.DataArray(values, dims=("layer", "unit")), attribution.attrs["unit"], origin)
 
 
-def check_choice(strategy: str, quota: int | float, n_units: int | None = None) -> None:
-    """Raise `ValueError` for a strategy that takes no single quota, or a quota that is no share (of so many units)."""
+def check_choice(strategy: str, quota: int | float, n_units: int = 10**9) -> int:
+    """Return how many of so many units a quota is.
+
+    Raises `ValueError` for a strategy that takes no single quota, or a quota that is no share of the units.
+    """
     known = [name for name in STRATEGIES if name != "per_layer_budget"]  # its quota is a list
     if strategy not in known:
         raise ValueError(f"strategy must be one of {', '.join(known)}, not {strategy!r}.")
-    units_in(quota, n_units or 10**9, "a layer")
+    return units_in(quota, n_units, "a layer")
 
 
 def _left(weights: Mapping[str, int | float] | None) -> dict[str, int | float]:

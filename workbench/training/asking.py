@@ -1,9 +1,10 @@
 """What a person asks of a fine-tune."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from workbench.config import TrainConfig
+from workbench.results import load_json
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class FineTune:
         selection: a position file, or a saved selection: LoKI trains it instead of one from attribution, another method
             the layers in which it has units.
         layers: train only these layers; None is those of the selection, or all.
-        unit: LoKI: `node` or `neuron`.
+        unit: LoKI: `node` or `neuron`; None is that of a saved selection, or `node`.
         rank: rank of the methods that have one (LoKI: 0 trains the selected rows in full).
         rates: learning rates to search; none takes that of `training`, or the method's default.
         retained: facts that the model may know, to be attributed and to be read before and after.
@@ -50,7 +51,7 @@ class FineTune:
     score: str = "magnitude"
     selection: str | None = None
     layers: tuple[int, ...] | None = None
-    unit: str = "node"
+    unit: str | None = None
     rank: int | None = None
     rates: tuple[float, ...] = ()
     retained: str = "world"
@@ -69,6 +70,17 @@ class FineTune:
     chat: bool = False
     device: str = "auto"
     dtype: str = "auto"
+
+    def settled(self) -> "FineTune":
+        """The same with a unit, where none is named: that of a saved selection, or the node.
+
+        ValueError where the unit that is named is not that of the selection.
+        """
+        saved = None if self.selection is None else load_json(self.selection)
+        said = saved.get("unit") if isinstance(saved, dict) else None
+        if self.unit and said and self.unit != said:
+            raise ValueError(f"{self.selection} is a selection of {said}s, not of {self.unit}s; leave the unit out.")
+        return replace(self, unit=self.unit or said or "node")
 
     def settings(self) -> dict[str, Any]:
         """Every setting as plain values."""
