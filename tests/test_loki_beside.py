@@ -1,5 +1,7 @@
 """LoKI beside another method on one model, and on families that no table names."""
 
+import json
+
 import pytest
 import torch
 from peft import (
@@ -11,7 +13,7 @@ from peft import (
     PromptTuningConfig,
     get_peft_model,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_loki import ROWS, logits, plain, same_bits, tiny, train
 from transformers import ArceeConfig, AutoModelForCausalLM, DiffLlamaConfig, MptConfig, OlmoConfig
 
@@ -241,6 +243,23 @@ def test_a_rank_is_at_most_the_number_of_rows():
     for r, size in sizes.items():
         assert matched("loki", size, tiny(), selection=rows) == {"r": r}
     assert matched("loki", 10**6, tiny(), selection=rows) == {"r": 5}
+
+
+@pytest.mark.parametrize("unit", ["node", "neuron"])
+def test_a_saved_adapter_with_more_ranks_than_rows_is_read(unit, tmp_path):
+    model = get_peft_model(tiny(), LokiConfig(selection=ROWS, r=3, loki_alpha=6.0, unit=unit))
+    train(model)
+    model.save_pretrained(tmp_path)
+    expected = logits(model)
+    file = load_file(tmp_path / "adapter_model.safetensors")
+    for name, factor in file.items():  # twice the ranks, at half the scaling
+        if "loki_A" in name or "loki_B" in name:
+            file[name] = torch.cat([factor, factor], dim=int("loki_A" in name))
+    save_file(file, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"r": 6}))
+    assert torch.allclose(logits(PeftModel.from_pretrained(tiny(), tmp_path)), expected, atol=1e-6)
+    assert not torch.allclose(logits(tiny()), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("r", [1.0, 2.5, "2", None, True, -1])

@@ -87,6 +87,11 @@ class LokiConfig(PeftConfig):
         if isinstance(self.target_modules, (set, tuple)):
             self.target_modules = sorted(self.target_modules)
         self._check()
+        if selection is not None and self.r > self.highest_rank:  # a saved adapter, which has positions, is read
+            raise ValueError(
+                f"r={self.r} is more than the {self.highest_rank} {self.unit}s that a layer trains at most; give a "
+                "lower r, or r=0 to train them in full."
+            )
 
     def _take(self, selection: Any) -> None:
         """Fill positions, unit and n_units from whatever the user calls a selection."""
@@ -143,11 +148,6 @@ class LokiConfig(PeftConfig):
         if not self.highest_rank:
             within = "" if self.layers is None else f" within layers={self.layers}"
             raise ValueError(f"The selection is empty{within}: there is nothing to train; raise the quota.")
-        if self.r > self.highest_rank:
-            raise ValueError(
-                f"r={self.r} is more than the {self.highest_rank} {self.unit}s that a layer trains at most; give a "
-                "lower r, or r=0 to train them in full."
-            )
 
     @property
     def highest_rank(self) -> int:

@@ -111,7 +111,7 @@ class LokiModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Check the rows in the file against those of the configuration before anything is loaded."""
+        """Check the rows in the file against those of the configuration, and narrow factors wider than their rows."""
         remapped: dict[str, Any] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         for name, buffer in model.named_buffers():
             if not name.endswith(f".loki_rows.{adapter_name}"):
@@ -123,4 +123,20 @@ class LokiModel(BaseTuner):
                     f"The adapter file and adapter_config.json disagree on which units of {where} are trained; one of "
                     "the two belongs to another adapter."
                 )
+        for name, lower in model.named_parameters():
+            upper = name.replace(".loki_B.", ".loki_A.")
+            if name.endswith(f".loki_B.{adapter_name}") and {name, upper} <= remapped.keys():
+                remapped[upper], remapped[name] = _narrow(remapped[upper], remapped[name], len(lower))
         return remapped
+
+
+def _narrow(upper: Tensor, lower: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Factors with the same product whose rank is no more than the number of the rows, or columns, that they change.
+
+    >>> _narrow(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [4.0]]), 1)
+    (tensor([[1.]]), tensor([[11.]]))
+    """
+    if len(lower) <= rank or rank not in (len(upper), lower.shape[1]):
+        return upper, lower
+    one = torch.eye(rank, dtype=lower.dtype, device=lower.device)
+    return (one, upper @ lower) if len(upper) == rank else (upper @ lower, one)
