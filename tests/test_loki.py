@@ -301,6 +301,14 @@ def test_several_adapters():
     assert not any(".first" in name for name in model.state_dict())
 
 
+def test_an_adapter_for_each_sample_is_refused_and_not_passed_over():
+    model = get_peft_model(tiny(), LokiConfig(selection=ROWS))
+    model.add_adapter("upper", LokiConfig(selection=ROWS))
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="LoKI has no adapter_names"):
+            call(input_ids=IDS, adapter_names=["default", "upper"])
+
+
 def test_deleting_leaves_one_adapter_active_everywhere():
     model = get_peft_model(tiny(), LokiConfig(selection=[[1], []]), adapter_name="lower")
     model.add_adapter("upper", LokiConfig(selection=[[], [2]]))

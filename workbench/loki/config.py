@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field
@@ -137,6 +138,8 @@ class LokiConfig(PeftConfig):
         if rank is None or rank < 0:
             raise ValueError(f"r must be 0 (the rows in full) or a positive whole rank, got {self.r!r}.")
         self.r = rank
+        if self.loki_alpha is not None and not 0 < self.loki_alpha < math.inf:
+            raise ValueError(f"loki_alpha must be a positive number, got {self.loki_alpha!r}.")
         if self.r == 0 and (self.loki_alpha is not None or self.use_rslora):
             raise ValueError("loki_alpha and use_rslora scale the low-rank form; give r > 0 or leave them out.")
         if self.layers is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -99,6 +101,15 @@ class LokiModel(BaseTuner):
         """Add the deltas to the base weights in place; ValueError where another method lies over a `LokiLayer`."""
         refuse_stacked(self.model)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Iterator:
+        """Refuse an adapter for each sample of a batch, which peft would pass over without a word."""
+        if adapter_names is not None:
+            raise ValueError(
+                "LoKI has no adapter_names, an adapter for each sample: choose by set_adapter, one batch an adapter."
+            )
+        yield
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; where it was active, the same remaining one becomes active in every layer."""
