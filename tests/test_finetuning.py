@@ -314,6 +314,7 @@ def test_a_saved_selection_says_what_its_units_are(inputs, tmp_path, monkeypatch
         (["--data", "fictional:3", "--filter", "spread", "--keep", "1.5"], "keep=1.5 is no share"),
         (["--data", "fictional:3", "--filter", "spread", "--filter-weight", "-1"], "weight must be a finite number"),
         (["--data", "fictional:3", "--method", "magic"], "'magic' is not known; choose one of loki, lora"),
+        (["--data", "fictional:3", "--method", "loki_random"], "not 'loki_random': strategy and score say"),
         (["--data", "fictional:3", "--method", "ia3", "--rank", "4"], "takes no rank"),
         (["--data", "fictional:3", "--method", "lora", "--unit", "neuron"], "takes no unit"),
         (["--data", "fictional:3", "--selection", "neurons.json", "--unit", "node"], "of neurons, not of nodes"),

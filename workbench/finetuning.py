@@ -80,6 +80,8 @@ def check(asked: FineTune, out: Path) -> tuple[FineTune, FactSet | ExampleSet, F
     Raises for everything that can be known to be wrong before a model is opened.
     """
     kind = check_method(asked.method)
+    if kind == "loki" != asked.method:
+        raise ValueError(f"The method is loki, not {asked.method!r}: strategy and score say what it selects.")
     for name, value, fits in (
         ("rank", asked.rank, METHODS[kind].ranked),
         ("unit", asked.unit, kind == "loki" or asked.selection is not None),
