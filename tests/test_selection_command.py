@@ -49,6 +49,16 @@ def test_select_equals_the_function(stored, tmp_path, monkeypatch, capsys):
     assert "does not read interference" in capsys.readouterr().err
 
 
+def test_a_position_file_of_neurons_says_how_to_read_it(tmp_path, monkeypatch, capsys):
+    for unit, hinted in (("neuron", True), ("node", False)):
+        with open_store(
+            tmp_path / unit, ids=["a"], relations=["a"], n_layers=3, n_units=20, attrs={"unit": unit}
+        ) as one:
+            one.write(range(1), distinct(0, 1, 3, 20), None, None)
+        assert call(monkeypatch, "select", tmp_path / unit, "--out", tmp_path / "rows.json") == 0
+        assert ("give --unit neuron where" in capsys.readouterr().out) == hinted
+
+
 def test_a_folder_is_no_position_file(stored, tmp_path, monkeypatch, capsys):
     assert call(monkeypatch, "select", "scores.zarr", "--out", tmp_path) == 1
     assert "is a folder: name the position file" in " ".join(capsys.readouterr().err.split())
@@ -76,8 +86,11 @@ def test_agreement_equals_the_function(stored, tmp_path, monkeypatch, capsys):
     compared["published"] = type(compared["random"]).from_positions([[3, 1], [], [19]], unit="node", n_units=20)
     expected = agreement(compared)
     assert expected["n_second"].tolist()[4] == 3
-    table = pd.read_csv(out).replace(str(published), "published")
-    pd.testing.assert_frame_equal(table.astype(expected.dtypes), expected)
+    for path in (published, compared["published"].save(tmp_path / "selection.json")):  # bare, or with its unit
+        arguments = (*arguments[:4], path, *arguments[5:])
+        assert call(monkeypatch, "agreement", stored[0], *arguments) == 0
+        table = pd.read_csv(out).replace(str(path), "published")
+        pd.testing.assert_frame_equal(table.astype(expected.dtypes), expected)
     assert "chance_jaccard" in capsys.readouterr().out
     assert call(monkeypatch, "agreement", stored[0], "--strategies", "random") == 1
     assert "agree in pairs" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from workbench.cli.app import (
     two_models_and_facts,
     write_table,
 )
+from workbench.cli.selecting import saved_units
 
 Anchor = Annotated[
     Literal["unembedding", "stated", "centroid"],
@@ -107,7 +108,7 @@ def blame_command(
     from workbench.results import open_result
 
     scores = None if attribution is None else open_result(attribution, kind="attribution")
-    units = None if selection is None else _units(selection, scores)
+    units = None if selection is None else saved_units(selection, scores)
     first, second, chosen = two_models_and_facts(before, after, facts, asked)
     if scores is not None:
         there = {str(i) for i in scores["fact"].values}
@@ -123,15 +124,3 @@ def blame_command(
     frame = attribute_drift(first, second, chosen, scores, units, **options)
     write_table(frame, out)
     show(drift_shares(frame, seed=asked.seed))
-
-
-def _units(path: Path, scores: Any) -> Any:
-    """A saved selection, or a bare position file of the units of an attribution."""
-    from workbench.results import load_json
-    from workbench.selection import Selection
-
-    if not isinstance(load_json(path), list):
-        return Selection.load(path)
-    if scores is None:
-        raise ValueError(f"{path} lists positions without saying of what: give --attribution as well.")
-    return Selection.from_positions(path, unit=str(scores.attrs["unit"]), n_units=scores.sizes["unit"])

@@ -83,6 +83,8 @@ def select_command(
         raise ValueError(f"{out} is a folder: name the position file to write, such as {out / 'rows.json'}.")
     chosen = select(open_result(attribution, kind="attribution"), **choice.options(strategy))
     print(f"{chosen.n_selected} {chosen.unit}s in {chosen.n_layers} layers: {chosen.to_positions(out)}")
+    if chosen.unit != "node":
+        print(f"A position file does not say of what: give --unit {chosen.unit} where this one is read.")
 
 
 @app.command(name="stability")
@@ -124,14 +126,15 @@ def agreement_command(
         "global_highest",
     ),
     positions: Annotated[
-        tuple[Path, ...], Parameter(consume_multiple=True, negative="", help="position files to compare as well")
+        tuple[Path, ...],
+        Parameter(consume_multiple=True, negative="", help="position files or selections to compare as well"),
     ] = (),
     choice: Choice = Choice(),
     out: Out = None,
 ) -> None:
     """Say how much the selections of several strategies share, beside chance; --out keeps the table with each layer."""
     from workbench.results import open_result
-    from workbench.selection import READ_INTERFERENCE, Selection, agreement, select
+    from workbench.selection import READ_INTERFERENCE, agreement, select
 
     check_table(out)
     scores = open_result(attribution, kind="attribution")
@@ -139,8 +142,19 @@ def agreement_command(
     compared = {
         name: select(scores, **(choice if name in READ_INTERFERENCE else plain).options(name)) for name in strategies
     }
-    shape: dict[str, Any] = {"unit": str(scores.attrs["unit"]), "n_units": scores.sizes["unit"]}
-    compared |= {str(path): Selection.from_positions(path, **shape) for path in positions}
+    compared |= {str(path): saved_units(path, scores) for path in positions}
     frame = agreement(compared)
     show(frame[frame["layer"].isna()].drop(columns="layer"))
     write_table(frame, out)
+
+
+def saved_units(path: Path, scores: Any) -> Any:
+    """A saved selection, or a bare position file of the units of an attribution."""
+    from workbench.results import load_json
+    from workbench.selection import Selection
+
+    if not isinstance(load_json(path), list):
+        return Selection.load(path)
+    if scores is None:
+        raise ValueError(f"{path} lists positions without saying of what: give --attribution as well.")
+    return Selection.from_positions(path, unit=str(scores.attrs["unit"]), n_units=scores.sizes["unit"])
