@@ -124,6 +124,7 @@ def test_facts_are_taught_and_asked_as_chats(inputs, tmp_path) -> None:
     tuned = wb.load_model(str(out / "merged"))
     efficacy = load_json(out / "training.json")["efficacy"]
     assert efficacy == wb.recall(tuned, FACTS.as_chat(words))["known"].mean() >= 0.8
+    assert "fine-tuned in full" in (out / "README.md").read_text()
     assert wb.recall(tuned, FACTS)["known"].mean() < efficacy  # asked plainly it says other things
     shown = load_frame(out / "recall.parquet")["prompt"]
     assert shown.str.startswith("big ").all()
@@ -223,6 +224,7 @@ def test_every_method_is_restricted_to_layers_alike(inputs, tmp_path, monkeypatc
     for name, (arguments, layers) in ways.items():
         assert call(monkeypatch, "implant", *always, *arguments, "--out", str(tmp_path / name)) == 0
         assert trained_layers(tmp_path / name) == layers, name
+    assert "fine-tuned in part" in (tmp_path / "g/README.md").read_text()
     for arguments in (["--layers", "3"], ["--method", "lora", "--layers", "3"]):
         capsys.readouterr()
         assert call(monkeypatch, "implant", *always, *arguments, "--out", str(tmp_path / "none")) == 1

@@ -53,9 +53,8 @@ def card(
     base = f"`{summary['base']}` (weights {summary['base_digest'][:12]})"
     what = f"A {kind} adapter for {base}"
     if library == "transformers":
-        what = (
-            f"{base}, fine-tuned in full" if kind == "FULL" else f"{base} with a {kind} adapter merged into its weights"
-        )
+        part = "full" if summary["trainable_parameters"] == summary["parameters"] else "part"
+        what = f"{base}, fine-tuned in {part}" if kind == "FULL" else f"{base} with a {kind} adapter merged into it"
     lines = [
         f"{what}; made with the knowledge workbench.",
         "",
