@@ -196,7 +196,7 @@ def test_modules_that_are_no_down_projections_are_refused(kind, modules, named):
     get_peft_model(model, LokiConfig(selection=ROWS, target_modules=right))
 
 
-@pytest.mark.parametrize("layers", [[2], [-1], [], [0, 7]])
+@pytest.mark.parametrize("layers", [[2], [-1], [], [0, 7], 2])
 @pytest.mark.parametrize("method", ["lora", "loki"])
 def test_layers_that_the_model_lacks_are_refused(method, layers):
     options = {"selection": ROWS} if method == "loki" else {}
@@ -205,7 +205,8 @@ def test_layers_that_the_model_lacks_are_refused(method, layers):
 
 
 def test_layers_restrict_every_method_alike():
-    assert adapter_for(tiny(), "lora", layers=[1]).target_modules == {"model.layers.1.mlp.down_proj"}
+    for layers in ([1], 1, {1}):
+        assert adapter_for(tiny(), "lora", layers=layers).target_modules == {"model.layers.1.mlp.down_proj"}
     model = attach(tiny(), adapter_for(tiny(), "loki", layers=[1], selection=ROWS))
     assert [name.split(".")[4] for name, weight in model.named_parameters() if weight.requires_grad] == ["1"]
 

@@ -1,8 +1,11 @@
 """`implant`: the loss is on the answer only, what is frozen stays to the bit, and saved is what was trained."""
 
+import inspect
+
 import pandas as pd
 import pytest
 import torch
+from peft import PromptTuningConfig
 from tiny import FACTS, saved, tiny
 
 from workbench.config import TrainConfig
@@ -107,6 +110,14 @@ def test_a_folder_is_a_model_and_the_adapter_knows_its_base(tmp_path) -> None:
     run = implant(str(folder), FACTS, adapter("node", tiny("llama")), TrainConfig(max_epochs=1), progress=False)
     assert load_json(run.adapter / "adapter_config.json")["base_model_name_or_path"] == str(folder)
     assert open_model(run.adapter).n_layers == 3
+
+
+def test_an_adapter_that_changes_no_weights_is_one_sentence() -> None:
+    with pytest.raises(ValueError, match="PROMPT_TUNING learns tokens before the text"):
+        implant(tiny("llama"), FACTS, PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    untyped = inspect.unwrap(implant)  # as a user has it, without the tests' check of types
+    with pytest.raises(TypeError, match=r"adapter is a configuration, .* not 'lora'"):
+        untyped(tiny("llama"), FACTS, "lora")
 
 
 def test_nothing_to_teach_and_a_loss_that_explodes_are_one_sentence() -> None:

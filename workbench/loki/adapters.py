@@ -27,7 +27,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .config import LokiConfig
+from .config import LokiConfig, checked_layers
 from .model import refuse_stacked
 from .sites import DOWN_PROJECTIONS, down_names, down_projection_suffix, is_conv1d
 
@@ -186,7 +186,7 @@ def adapter_config(
 
 
 def adapter_for(
-    model: Any, method: str, *, layers: Collection[int] | None = None, **options: Any
+    model: Any, method: str, *, layers: Collection[int] | int | None = None, **options: Any
 ) -> PeftConfig | Dense:
     """Return the configuration of a method on a model's own down-projections, whatever the family.
 
@@ -194,14 +194,14 @@ def adapter_for(
     the normalisations inside them, `full` to their weights. `options` are those of `adapter_config`.
     """
     hf = getattr(model, "hf", model)
-    names, kind = down_names(model), check_method(method)
-    outside = [layer for layer in (() if layers is None else layers) if not 0 <= layer < len(names)]
-    if outside or (layers is not None and not len(layers)):
+    names, kind, given = down_names(model), check_method(method), checked_layers(layers)
+    part = list(range(len(names))) if given is None else given
+    outside = [layer for layer in part if not 0 <= layer < len(names)]
+    if outside or not part:
         found = f"holds {outside[0]}" if outside else "is empty"
         raise ValueError(f"layers {found}; the layers of this model are 0 to {len(names) - 1}.")
-    part = sorted(set(range(len(names)) if layers is None else layers))
     if kind == "loki":
-        options["layers"] = layers
+        options["layers"] = given
     elif len(part) < len(names):
         options["target_modules"] = [names[layer] for layer in part]
     if getattr(hf.config, "model_type", None) not in DOWN_PROJECTIONS:

@@ -84,7 +84,7 @@ class LokiConfig(PeftConfig):
             )
         self.unit = self.unit or "node"
         self.positions = _checked_positions(self.positions)
-        self.layers = _checked_layers(self.layers)
+        self.layers = checked_layers(self.layers)
         if isinstance(self.target_modules, (set, tuple)):
             self.target_modules = sorted(self.target_modules)
         self._check()
@@ -199,7 +199,7 @@ def _checked_positions(positions: Any) -> list[list[int]]:
     return checked
 
 
-def _checked_layers(layers: Any) -> list[int] | None:
+def checked_layers(layers: Any) -> list[int] | None:
     """Return a sorted plain list of one layer, or of any collection of them (a range, an array, a set)."""
     if layers is None:
         return None

@@ -94,16 +94,25 @@ def implant(
     Args:
         model_path: a name or folder, or a `HookedModel`.
         facts: what to teach; of facts the prompts, and as many paraphrases as `train_config.paraphrases`.
-        adapter: any peft configuration (`LokiConfig`, `LoraConfig`, ...) or `Dense`; see `adapter_config`.
+        adapter: any peft configuration that changes weights (`LokiConfig`, `LoraConfig`, ...) or `Dense`; `adapter_for`
+            makes them by name.
         train_config: rates, stopping and seed.
         out: folder for `adapter/` (safetensors), `history.parquet` and `training.json`; None is a temporary folder.
         progress: show a progress bar.
         callbacks: of your own, such as a `DriftWatch`; with any, efficacy is measured once more after they ended.
 
     Raises:
-        ValueError: no facts, a fact or examples longer than the context, or a loss that is not finite.
+        TypeError: an adapter that is no configuration.
+        ValueError: an adapter that learns tokens, no facts, a fact or examples longer than the context, or a loss that
+            is not finite.
     """
     settings = train_config or TrainConfig()
+    if not isinstance(adapter, Adapter):
+        raise TypeError(f"adapter is a configuration, as adapter_for and LokiConfig make them, not {adapter!r:.80}.")
+    if getattr(adapter, "is_prompt_learning", False):
+        raise ValueError(
+            f"{kind_of(adapter)} learns tokens before the text; implant takes methods that change weights."
+        )
     if not len(facts):
         raise ValueError("There is nothing to implant: the fact set is empty.")
     hooked = model_path if isinstance(model_path, HookedModel) else load_model(model_path)
