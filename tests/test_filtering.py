@@ -227,7 +227,11 @@ def test_the_command_keeps_what_the_function_keeps(rule: str, tmp_path, monkeypa
     place, out = FACTS.save(tmp_path / "facts.jsonl"), tmp_path / "kept.jsonl"
     options = ["--facts", place, "--model", saved(tmp_path / "model"), "--rule", rule, "--keep", "0.5", "--weight", "3"]
     monkeypatch.setattr(sys, "argv", list(map(str, ["workbench", "filter", *options, "--out", out, "-q"])))
+    rules = []
+    chosen = RULES[rule]
+    monkeypatch.setitem(RULES, rule, lambda pool: rules.append(rule) or chosen(pool))
     cli.main()
+    assert rules == [rule]  # once: near_diverse is slow
     model = tiny("llama")
     distance, read = semantic_distance(model, FACTS), recall(model, FACTS)
     expected = filter_facts(
