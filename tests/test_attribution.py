@@ -3,12 +3,16 @@
 import os
 import subprocess
 import sys
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import planted
 import pytest
 import torch
+import xarray as xr
 from test_engine import naive
 from tiny import FACTS, TOKENISED, default, random_model, tiny, tokenizer
 
@@ -21,6 +25,7 @@ from workbench.attribution import (
     by_fact,
     by_layer,
     checked_settings,
+    fact_means,
     scoring,
     strongest,
 )
@@ -30,7 +35,7 @@ from workbench.facts import FactSet, load_facts
 from workbench.metrics import OBJECTIVES, logprob
 from workbench.models import load_model
 from workbench.path import quadrature
-from workbench.results import open_result, validate_attribution
+from workbench.results import open_result, open_store, save_parts, save_result, validate_attribution
 
 CPU = Path("/proc/cpuinfo")
 INTEL = CPU.is_file() and "GenuineIntel" in CPU.read_text(encoding="utf-8")
@@ -269,6 +274,46 @@ def test_a_path_that_is_not_finite_ends(monkeypatch) -> None:
     monkeypatch.setattr(path, "run_queries", broken)
     with pytest.raises(ValueError, match="not finite"):
         run(model, tolerance=1e-4)
+
+
+def test_means_stored_in_parts_equal_those_in_memory_and_read_a_few_facts_at_a_time(tmp_path, monkeypatch) -> None:
+    asked = FACTS.per_prompt()
+    ds = run(tiny("llama"), asked, method="grad_x_act", out=tmp_path / "each.zarr")
+    whole = by_fact(run(tiny("llama"), asked, method="grad_x_act"))
+    stored, parts = [], fact_means(ds, at_once=3)
+    path = save_parts((stored.append(part.sizes["fact"]) or part for part in parts), tmp_path / "a.zarr", along="fact",
+                      kind="attribution")  # fmt: skip
+    assert stored == [3, 3, 2]
+    xr.testing.assert_identical(open_result(path).load().drop_attrs(deep=False), whole.drop_attrs(deep=False))
+    kept = open_result(path).attrs
+    assert {name: value for name, value in kept.items() if name in whole.attrs} == whole.attrs
+    validate_attribution(open_result(path))
+
+
+def test_memory_of_stored_means_is_flat_in_the_number_of_facts(tmp_path) -> None:
+    """Peak memory; the negative control keeps all means."""
+
+    def peak(n_facts: int, average: Callable[[xr.Dataset, Path], object]) -> int:
+        place = tmp_path / f"{n_facts}.zarr"
+        ids = [f"f{i // 2}#{i % 2}" for i in range(2 * n_facts)]
+        labels: dict[str, Any] = {"ids": ids, "relations": ["r"] * len(ids), "n_layers": 4, "n_units": 512}
+        with open_store(place, **labels, attrs={"unit": "node"}) as growing:
+            for start in range(0, len(ids), 10):
+                growing.write(range(start, start + 10), np.ones((10, 4, 512), np.float32), None, None)
+        ds = open_result(place)
+        tracemalloc.start()
+        average(ds, tmp_path / f"{n_facts}.mean.zarr")
+        top = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return top
+
+    def streamed(ds: xr.Dataset, place: Path) -> object:
+        return save_parts(fact_means(ds, at_once=5), place, along="fact", kind="attribution")
+
+    peak(5, streamed)
+    more = 60 * 4 * 512 * 4  # what the means of the additional facts take
+    assert peak(80, streamed) - peak(20, streamed) < more / 2
+    assert peak(80, lambda ds, place: save_result(by_fact(ds), place)) - peak(20, streamed) > more
 
 
 def test_one_score_a_fact_is_the_mean_over_its_prompts() -> None:

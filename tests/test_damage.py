@@ -11,8 +11,9 @@ from command import call
 from tiny import FACTS, saved, tiny
 
 from workbench.attribution import attribute, score_batch
+from workbench.facts import FactSet
 from workbench.planning import plan
-from workbench.results import open_result, store
+from workbench.results import open_result, open_store, store
 
 OPTIONS: dict[str, Any] = {"method": "grad_x_act", "progress": False, "batch_size": 1}
 HOW: dict[str, Callable[[Path], object]] = {
@@ -84,11 +85,50 @@ def test_what_is_whole_is_left_as_it_is(path: Path, monkeypatch, caplog) -> None
     assert "damaged" not in caplog.text
 
 
-def test_damaged_labels_are_one_sentence(path: Path) -> None:
-    HOW["cut"](path / "fact" / "c" / "0")
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("name", ["fact", "relation", "text", "layer", "unit"])
+def test_damaged_labels_are_said_and_written_anew(how: str, name: str, path: Path, monkeypatch, caplog) -> None:
+    before = open_result(path).load()
+    HOW[how](path / name / "c" / "0")
+    with pytest.raises(
+        ValueError, match=rf"a\.zarr is damaged: its labels \({name}\) are missing or cannot be read; run"
+    ):
+        open_result(path)
+    assert computed_again(path, monkeypatch) == []
+    assert f"its labels {name} are written anew" in caplog.text
+    assert open_result(path).identical(before)
+
+
+def test_labels_and_numbers_that_are_lost_together_come_back(path: Path, monkeypatch) -> None:
+    shutil.rmtree(path / "fact")
+    HOW["gone"](path / "relation" / "c" / "0")
+    HOW["cut"](path / "score" / "c" / "2" / "0" / "0")
+    with pytest.raises(ValueError, match=r"its labels \(fact, relation\) are missing"):
+        open_result(path)
+    assert computed_again(path, monkeypatch) == ["kenya"]
+
+
+def test_labels_of_other_facts_are_not_written(path: Path) -> None:
+    """Negative control: as many facts, but others."""
+    HOW["gone"](path / "fact" / "c" / "0")
+    others = FactSet(FACTS.name, FACTS.facts[::-1])
+    with pytest.raises(ValueError, match="differs in fact_digest"):
+        attribute(tiny("llama"), others, out=path, **OPTIONS)
+    with open_store(path.with_name("b.zarr"), ids=["a"], relations=["r"], n_layers=1, n_units=1, attrs={}):
+        HOW["gone"](path.with_name("b.zarr") / "fact" / "c" / "0")
+    with (
+        pytest.raises(ValueError, match=r"its labels \(fact\)"),
+        open_store(path.with_name("b.zarr"), ids=["b"], relations=["r"], n_layers=1, n_units=1, attrs={}),
+    ):
+        pass
+
+
+def test_a_result_without_the_layout_of_its_numbers_is_one_sentence(path: Path) -> None:
+    shutil.rmtree(path / "score")
     for read in (lambda: open_result(path), lambda: attribute(tiny("llama"), FACTS, out=path, **OPTIONS)):
-        with pytest.raises(ValueError, match=r"a\.zarr is damaged .* make it anew in another place, or delete it"):
+        with pytest.raises(ValueError, match=r"is damaged: it does not say how .* start it anew with resume=False"):
             read()
+    assert attribute(tiny("llama"), FACTS, out=path, resume=False, **OPTIONS).sizes["fact"] == 8
 
 
 def test_the_command_says_it_in_one_line(path: Path, tmp_path: Path, monkeypatch, capsys) -> None:

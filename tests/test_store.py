@@ -17,7 +17,7 @@ from zarr.storage import LocalStore
 
 from workbench.attribution import attribute
 from workbench.results import RunDir, open_result, open_store, unwritten
-from workbench.results.store import exclusive
+from workbench.results.files import exclusive
 
 
 def names(folder: Path) -> list[str]:

@@ -3,7 +3,7 @@
 from workbench.attribution.methods import LAYER_BY_LAYER, METHODS, Problem
 from workbench.attribution.scoring import Work, attribute, batches, prepare, score_batch
 from workbench.attribution.settings import FIXED, STEPS, Settings, checked_settings
-from workbench.attribution.summaries import by_fact, by_layer, strongest
+from workbench.attribution.summaries import by_fact, by_layer, fact_means, strongest
 
 __all__ = [
     "FIXED",
@@ -18,6 +18,7 @@ __all__ = [
     "by_fact",
     "by_layer",
     "checked_settings",
+    "fact_means",
     "prepare",
     "score_batch",
     "strongest",

@@ -1,5 +1,6 @@
 """An attribution in few numbers: by layer, the strongest units, one score a fact from several prompts."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -53,22 +54,31 @@ def by_fact(attribution: xr.Dataset) -> xr.Dataset:
     Raises:
         ValueError: a fact id that is not `<id>#<number>`.
     """
+    return xr.concat(list(fact_means(attribution)), "fact")
+
+
+def fact_means(attribution: xr.Dataset, at_once: int = 32) -> Iterator[xr.Dataset]:
+    """What `by_fact` gives, a few facts at a time, so that a stored attribution of any size can be averaged."""
     ids = [str(name) for name in attribution["fact"].values]
     odd = [name for name in ids if not name.rpartition("#")[2].isdigit() or not name.rpartition("#")[0]]
     if odd:
         raise ValueError(f"{odd[0]!r} is no prompt of a fact: attribute facts.per_prompt() for a score per prompt.")
-    owner = np.array([name.rpartition("#")[0] for name in ids])
-    parts = []
-    for fact in dict.fromkeys(owner.tolist()):
-        rows = attribution.isel(fact=np.flatnonzero(owner == fact))
-        mean = rows[["score", "gap", "target_prob"]].mean("fact", keep_attrs=True)
-        coords: dict[str, Any] = {"fact": [fact], "relation": ("fact", [str(rows["relation"].values[0])])}
-        parts.append(mean.expand_dims("fact").assign_coords(coords).assign(n_prompts=("fact", [rows.sizes["fact"]])))
-    result = xr.concat(parts, "fact").transpose("fact", "layer", "unit")
-    if "text" in attribution.coords:
-        texts = attribution["text"].values
-        each = [[str(text) for text in texts[owner == fact]] for fact in result["fact"].values]
-        most = max(map(len, each))
-        padded = [[*own, *[""] * (most - len(own))] for own in each]
-        result = result.assign_coords(prompt_text=(("fact", "prompt"), padded))
-    return result.assign_attrs(attribution.attrs | {"aggregate": "mean over prompts"})
+    owned: dict[str, list[int]] = {}
+    for row, name in enumerate(ids):
+        owned.setdefault(name.rpartition("#")[0], []).append(row)
+    most = max(map(len, owned.values()))
+    about = attribution.attrs | {"aggregate": "mean over prompts"}
+    facts = list(owned)
+    for start in range(0, len(facts), at_once):
+        parts = [_mean(attribution.isel(fact=owned[fact]), fact, most) for fact in facts[start : start + at_once]]
+        yield xr.concat(parts, "fact").transpose("fact", "layer", "unit", ...).assign_attrs(about)
+
+
+def _mean(prompts: xr.Dataset, fact: str, most: int) -> xr.Dataset:
+    """The mean over the prompts of one fact; their texts are padded to as many as the fact with `most` has."""
+    mean = prompts[["score", "gap", "target_prob"]].mean("fact", keep_attrs=True).expand_dims("fact")
+    coords: dict[str, Any] = {"fact": [fact], "relation": ("fact", [str(prompts["relation"].values[0])])}
+    if "text" in prompts.coords:
+        texts = [str(text) for text in prompts["text"].values]
+        coords["prompt_text"] = (("fact", "prompt"), [texts + [""] * (most - len(texts))])
+    return mean.assign_coords(coords).assign(n_prompts=("fact", [prompts.sizes["fact"]]))

@@ -71,8 +71,8 @@ def attribute_command(
     """Score how much every FFN unit of every layer contributes to every fact."""
     if out is None and not plan:
         raise ValueError("Give --out, the folder to write to, or --plan to see what it would take.")
-    from workbench.attribution import attribute, by_fact, checked_settings
-    from workbench.results import save_result
+    from workbench.attribution import attribute, checked_settings, fact_means
+    from workbench.results import open_result, save_parts
 
     checked_settings(method, unit, steps, rule, baseline, scope, objective, target, tolerance, asked.seed)
     each = _place_of_prompts(out, resume) if paraphrases and out is not None else out
@@ -101,8 +101,7 @@ def attribute_command(
         return
     ds = attribute(opened, chosen, **options, progress=not asked.quiet)
     if paraphrases and out is not None:
-        ds = by_fact(ds)
-        save_result(ds, out, kind="attribution")
+        ds = open_result(save_parts(fact_means(ds), out, along="fact", kind="attribution"))
     units = f"{ds.sizes['unit']} {ds.attrs['unit']}s a layer"  # a method may fix the unit
     print(f"{ds.sizes['fact']} facts, {ds.sizes['layer']} layers, {units}: {out}")
 

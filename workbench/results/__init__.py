@@ -10,7 +10,7 @@ from workbench.results.files import (
     write_atomically,
 )
 from workbench.results.hdf5 import export_hdf5, import_hdf5
-from workbench.results.labelled import open_result, save_result
+from workbench.results.labelled import open_result, save_parts, save_result
 from workbench.results.parts import Parts
 from workbench.results.run import RunDir, provenance
 from workbench.results.schema import (
@@ -40,6 +40,7 @@ __all__ = [
     "provenance",
     "save_frame",
     "save_json",
+    "save_parts",
     "save_result",
     "unwritten",
     "validate_attribution",

@@ -4,9 +4,10 @@ import logging
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import zarr
 from jaxtyping import Bool
 
 log = logging.getLogger(__name__)
@@ -14,6 +15,38 @@ log = logging.getLogger(__name__)
 #: What zarr raises for a file that is cut short or altered: by its size, by its checksum, by what it unpacks to.
 DAMAGE = (ValueError, RuntimeError)
 NUMBERS = ("score", "gap", "target_prob")
+
+
+def stored_arrays(folder: Path, mode: Literal["r", "r+"] = "r+") -> dict[str, Any]:
+    """The arrays of numbers of a stored attribution, with the mark `done`."""
+    try:
+        group = zarr.open_group(folder, mode=mode, zarr_format=3)
+        return {name: group[name] for name in (*NUMBERS, "done")}
+    except (KeyError, *DAMAGE) as error:
+        raise ValueError(
+            f"{folder} is damaged: it does not say how its numbers are laid out ({error}); start it anew with "
+            "resume=False (--no-resume), or in another place."
+        ) from error
+
+
+def lost_labels(folder: Path) -> list[str]:
+    """The labels of a stored attribution (facts, relations, layers ...) that are missing or cannot be read."""
+    group = zarr.open_group(folder, mode="r", zarr_format=3)
+    names = ["fact", "layer", "unit", *str(group.attrs.get("coordinates", "")).split()]
+    return [name for name in names if not _is_whole(folder, group, name)]
+
+
+def check_labels(folder: Path) -> None:
+    """Raise where labels are lost.
+
+    Raises:
+        ValueError: names them, and the way out.
+    """
+    if lost := lost_labels(folder):
+        raise ValueError(
+            f"{folder} is damaged: its labels ({', '.join(lost)}) are missing or cannot be read; run the same "
+            "attribution (or import) again, which writes them anew and keeps all numbers."
+        )
 
 
 def intact(folder: Path, arrays: Mapping[str, Any], *, unknown: bool) -> tuple[Bool[np.ndarray, " fact"], list[Path]]:
@@ -82,6 +115,14 @@ def check_readable(folder: Path, arrays: Mapping[str, Any], fact_ids: np.ndarray
 def only_scores(attrs: Mapping[str, Any]) -> bool:
     """Whether a result need not hold gaps and probabilities: only `attribute`, which names its model, gives them."""
     return "imported" in attrs or "model_digest" not in attrs
+
+
+def _is_whole(folder: Path, group: zarr.Group, name: str) -> bool:
+    try:
+        array: Any = group[name]
+    except (KeyError, *DAMAGE):
+        return False
+    return all((folder / name / key).is_file() and _read(array, part) is not None for part, key in _chunks(array))
 
 
 def _finite(values: np.ndarray) -> Bool[np.ndarray, " fact"]:

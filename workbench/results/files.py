@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from filelock import FileLock, Timeout
 
 
 @contextlib.contextmanager
@@ -28,6 +29,29 @@ def one_sentence_disk_errors(path: Path) -> Iterator[None]:
         if error.errno in (errno.EROFS, errno.EACCES):
             raise PermissionError(f"Cannot write {path}: choose a folder that you may write to.") from error
         raise
+
+
+@contextlib.contextmanager
+def exclusive(lock: Path, busy: str) -> Iterator[None]:
+    """Hold a lock file, or raise `ValueError` at once with the sentence `busy`; a crash releases it.
+
+    The file goes before the lock does. That is safe: whoever opened it meanwhile gets the lock of a file without a
+    name, which filelock notices (since 3.24), and whoever comes later makes a new file. Where an open file cannot be
+    deleted (Windows), filelock deletes it itself.
+    """
+    with one_sentence_disk_errors(lock):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        held = FileLock(lock)
+        try:
+            held.acquire(timeout=0)
+        except Timeout as error:
+            raise ValueError(f"{busy} (lock file {lock}): wait for it to end, or choose another place.") from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            lock.unlink()
+        held.release()
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:

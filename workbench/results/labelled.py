@@ -3,15 +3,14 @@
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import xarray as xr
-import zarr
 
-from workbench.results.damage import DAMAGE, check_readable, only_scores
+from workbench.results.damage import DAMAGE, check_labels, check_readable, only_scores, stored_arrays
 from workbench.results.files import load_json, one_sentence_disk_errors
 
 KIND = "workbench_result"  # the attribute by which a folder is known to be ours
@@ -19,11 +18,23 @@ KIND = "workbench_result"  # the attribute by which a folder is known to be ours
 
 def save_result(ds: xr.Dataset, path: str | Path, *, kind: str = "result") -> Path:
     """Write a dataset to a zarr folder, atomically; an earlier result there is replaced, anything else is refused."""
+    return save_parts([ds], path, along="fact", kind=kind)
+
+
+def save_parts(parts: Iterable[xr.Dataset], path: str | Path, *, along: str, kind: str) -> Path:
+    """`save_result` of a dataset that comes in parts along a dimension, of which memory holds one at a time."""
     folder = Path(path)
     check_replaceable(folder)
-    plain = _text_as(ds, np.dtypes.StringDType()).drop_encoding().assign_attrs({KIND: kind})
+
+    def fill(fresh: Path) -> None:
+        how: dict[str, Any] = {"mode": "w"}
+        for part in parts:
+            plain = _text_as(part, np.dtypes.StringDType()).drop_encoding().assign_attrs({KIND: kind})
+            plain.to_zarr(fresh, **how, consolidated=False, zarr_format=3)
+            how = {"append_dim": along}
+
     with one_sentence_disk_errors(folder):
-        replace_folder(folder, lambda fresh: plain.to_zarr(fresh, mode="w", consolidated=False, zarr_format=3))
+        replace_folder(folder, fill)
     return folder
 
 
@@ -40,6 +51,9 @@ def open_result(
         raise FileNotFoundError(f"{folder} is not a folder with a result of this workbench.")
     if kind is not None and kind_of(folder) not in (kind, "result"):  # saved by hand, a result may not say its kind
         raise ValueError(f"{folder} holds a result of the kind {kind_of(folder)}; what is needed here is {kind}.")
+    if (folder / "done").is_dir():  # written fact by fact
+        stored_arrays(folder, "r")
+        check_labels(folder)
     try:
         stored = xr.open_zarr(folder, consolidated=False, chunks=None, zarr_format=3)
         ds = _text_as(
@@ -73,12 +87,6 @@ def kind_of(folder: Path) -> str | None:
     record: Any = load_json(metadata)
     attributes = record.get("attributes", {}) if isinstance(record, dict) else {}
     return attributes.get(KIND)
-
-
-def stored_arrays(folder: Path, mode: Literal["r", "r+"] = "r+") -> dict[str, Any]:
-    """The arrays of numbers of a stored result, with the mark `done`."""
-    group = zarr.open_group(folder, mode=mode, zarr_format=3)
-    return {name: group[name] for name in ("score", "gap", "target_prob", "done")}
 
 
 def check_replaceable(folder: Path, kind: str | None = None) -> None:

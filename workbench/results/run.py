@@ -13,8 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from workbench.results.files import digest_of, load_json, save_json
-from workbench.results.store import exclusive
+from workbench.results.files import digest_of, exclusive, load_json, save_json
 
 PACKAGES = (
     "knowledge-workbench",

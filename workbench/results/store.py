@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,12 +12,11 @@ from typing import Any
 import numpy as np
 import xarray as xr
 import zarr
-from filelock import FileLock, Timeout
 from jaxtyping import Float
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from workbench.results.damage import intact, only_scores, repair
-from workbench.results.files import one_sentence_disk_errors
+from workbench.results.damage import check_labels, intact, lost_labels, only_scores, repair, stored_arrays
+from workbench.results.files import exclusive, one_sentence_disk_errors
 from workbench.results.labelled import (
     KIND,
     check_replaceable,
@@ -24,8 +24,9 @@ from workbench.results.labelled import (
     kind_of,
     open_result,
     replace_folder,
-    stored_arrays,
 )
+
+log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 2**16  # of scores in one file; larger facts have a file each
 SMALL_CHUNK = 1024  # facts in one file of the small arrays
@@ -155,8 +156,9 @@ def open_store(
                 yield store
             return
         if kind_of(folder) is not None:
-            _check_same(folder, labels, settings)
+            lost = _check_same(folder, labels, settings)
             with one_sentence_disk_errors(folder):
+                _relabel(folder, labels, lost)
                 repair(folder, stored_arrays(folder), unknown=only_scores(settings))
         else:
             with one_sentence_disk_errors(folder):
@@ -183,7 +185,7 @@ def unwritten(
     if kind_of(folder) is None or not resume:
         return list(range(len(ids)))
     settings = _as_stored(attrs)
-    _check_same(folder, _labels(ids, relations, n_layers, n_units, settings), settings)
+    _check_same(folder, _labels(ids, relations, n_layers, n_units, settings, texts), settings)
     whole, _ = intact(folder, stored_arrays(folder, "r"), unknown=only_scores(settings))
     return [int(i) for i in np.flatnonzero(~whole)]
 
@@ -204,29 +206,6 @@ def _replacement(folder: Path, labels: xr.Dataset) -> Iterator[AttributionStore]
         yield AttributionStore(stored_arrays(prepared), folder, labels, publish)
     finally:
         clear_folder(prepared)
-
-
-@contextlib.contextmanager
-def exclusive(lock: Path, busy: str) -> Iterator[None]:
-    """Hold a lock file, or raise `ValueError` at once with the sentence `busy`; a crash releases it.
-
-    The file goes before the lock does. That is safe: whoever opened it meanwhile gets the lock of a file without a
-    name, which filelock notices (since 3.24), and whoever comes later makes a new file. Where an open file cannot be
-    deleted (Windows), filelock deletes it itself.
-    """
-    with one_sentence_disk_errors(lock):
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        held = FileLock(lock)
-        try:
-            held.acquire(timeout=0)
-        except Timeout as error:
-            raise ValueError(f"{busy} (lock file {lock}): wait for it to end, or choose another place.") from error
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            lock.unlink()
-        held.release()
 
 
 def _labels(
@@ -270,15 +249,8 @@ def _numpy_arrays(n_facts: int, n_layers: int, n_units: int) -> dict[str, np.nda
 def _create(folder: Path, labels: xr.Dataset) -> None:
     """Lay out an empty result: labels in full, the arrays of numbers as metadata only."""
     group = zarr.create_group(folder, zarr_format=3)
-    for name, coord in labels.coords.items():
-        is_text, axes = coord.dtype == object, [str(dim) for dim in coord.dims]
-        array = group.create_array(
-            str(name),
-            shape=coord.shape,
-            dtype=str if is_text else np.int64,
-            dimension_names=axes,
-        )
-        array[:] = coord.values.astype(np.dtypes.StringDType()) if is_text else coord.values
+    for name in labels.coords:
+        _write_label(group, str(name), labels)
     sizes = {str(dim): size for dim, size in labels.sizes.items()}
     for name, (dims, dtype, per_chunk, fill) in _specifications(*(sizes[d] for d in ("fact", "layer", "unit"))).items():
         shape = tuple(sizes[dim] for dim in dims)
@@ -293,6 +265,30 @@ def _create(folder: Path, labels: xr.Dataset) -> None:
         )
     beside = " ".join(str(name) for name in labels.coords if name not in labels.dims)
     group.attrs.update({**labels.attrs, "coordinates": beside, KIND: "attribution"})
+
+
+def _write_label(group: zarr.Group, name: str, labels: xr.Dataset) -> None:
+    coord = labels[name]
+    is_text = coord.dtype == object
+    array = group.create_array(
+        name,
+        shape=coord.shape,
+        dtype=str if is_text else np.int64,
+        dimension_names=[str(dim) for dim in coord.dims],
+        compressors=PACKED,
+        config={"write_empty_chunks": True},  # so that a file that is missing was lost
+        overwrite=True,
+    )
+    array[:] = coord.values.astype(np.dtypes.StringDType()) if is_text else coord.values
+
+
+def _relabel(folder: Path, labels: xr.Dataset, lost: Sequence[str]) -> None:
+    """Write labels that are lost anew; what they label is known by the digest of its facts."""
+    if lost:
+        log.warning("%s is damaged: its labels %s are written anew", folder, ", ".join(lost))
+        group = zarr.open_group(folder, mode="r+", zarr_format=3)
+        for name in lost:
+            _write_label(group, name, labels)
 
 
 def _put(array: Any, where: np.ndarray, values: np.ndarray) -> None:
@@ -310,17 +306,22 @@ def _as_stored(attrs: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"The attributes of a result are plain JSON values ({error}).") from error
 
 
-def _check_same(folder: Path, labels: xr.Dataset, settings: Mapping[str, Any]) -> None:
-    """Refuse to go on with a result of other settings, another model or other facts."""
-    with open_result(folder, all_facts=True) as stored:
-        kept = {k: v for k, v in stored.attrs.items() if k != NOTES}
-        names = sorted(k for k in {*kept, *settings} if kept.get(k, "absent") != settings.get(k, "absent"))
-        differing = [f"{k} (stored {kept.get(k, 'absent')!r}, now {settings.get(k, 'absent')!r})" for k in names]
-        for name in ("fact", "layer", "unit"):
-            if not np.array_equal(stored[name].values, labels[name].values):
-                differing.append(f"the {name}s ({stored.sizes[name]} stored, now {labels.sizes[name]})")
+def _check_same(folder: Path, labels: xr.Dataset, settings: Mapping[str, Any]) -> list[str]:
+    """Refuse to go on with a result of other settings, another model or other facts; names the labels that are lost."""
+    stored, lost = stored_arrays(folder, "r"), lost_labels(folder)
+    group = zarr.open_group(folder, mode="r", zarr_format=3)
+    kept = {k: v for k, v in group.attrs.items() if k not in (NOTES, KIND, "coordinates")}
+    names = sorted(k for k in {*kept, *settings} if kept.get(k, "absent") != settings.get(k, "absent"))
+    differing = [f"{k} (stored {kept.get(k, 'absent')!r}, now {settings.get(k, 'absent')!r})" for k in names]
+    for name, size in zip(("fact", "layer", "unit"), stored["score"].shape, strict=True):
+        same = size == labels.sizes[name] and (name in lost or np.array_equal(group[name][:], labels[name].values))
+        if not same:
+            differing.append(f"the {name}s ({size} stored, now {labels.sizes[name]})")
     if differing:
         raise ValueError(
             f"{folder} holds a result with other settings, it differs in {'; '.join(differing)}: "
             "choose another out=, or start anew with resume=False (--no-resume)."
         )
+    if not (set(lost) <= {str(name) for name in labels.coords} and {"fact_digest", "imported"} & set(settings)):
+        check_labels(folder)  # what nobody can tell is not written
+    return lost
