@@ -309,7 +309,7 @@ def _as_stored(attrs: Mapping[str, Any]) -> dict[str, Any]:
 def _check_same(folder: Path, labels: xr.Dataset, settings: Mapping[str, Any]) -> list[str]:
     """Refuse to go on with a result of other settings, another model or other facts; names the labels that are lost."""
     stored, lost = stored_arrays(folder, "r"), lost_labels(folder)
-    group = zarr.open_group(folder, mode="r", zarr_format=3)
+    group: Any = zarr.open_group(folder, mode="r", zarr_format=3)
     kept = {k: v for k, v in group.attrs.items() if k not in (NOTES, KIND, "coordinates")}
     names = sorted(k for k in {*kept, *settings} if kept.get(k, "absent") != settings.get(k, "absent"))
     differing = [f"{k} (stored {kept.get(k, 'absent')!r}, now {settings.get(k, 'absent')!r})" for k in names]
