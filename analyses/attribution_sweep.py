@@ -101,19 +101,32 @@ class Subject:
         return {relation: facts.filter(relations=[relation]) for relation in facts.relations}
 
     def result(self, cell: Cell) -> tuple[xr.Dataset, float]:
-        """Scores of one cell and seconds a fact; computed if they are not there yet."""
+        """Scores of one cell and seconds a fact (NaN where none was timed); what is missing or damaged is computed."""
         facts = self.facts[cell.relation]
         place = self.folder / f"{cell.place}-{facts.digest[:12]}"
         about, scores = place.with_name(f"{place.name}.json"), place.with_name(f"{place.name}.zarr")
-        if not about.is_file():
-            before = open_result(scores, partial=True).sizes["fact"] if scores.exists() else 0
+        found = readable(scores)
+        if found is None or not about.is_file():
+            begun = readable(scores, partial=True)
+            left = len(facts) - (0 if begun is None else begun.sizes["fact"])
             _ = self.model.digest  # opened before the clock starts
             started = time.perf_counter()
             steps = cell.steps if FIXED[cell.method]["steps"] is None and cell.steps else None
             wb.attribute(self.model, facts, method=cell.method, unit=cell.unit, steps=steps, out=scores)
-            spent = (time.perf_counter() - started) / max(1, len(facts) - before)
-            save_json({"model": self.model.name, "dtype": str(self.model.dtype), "seconds_per_fact": spent}, about)
-        return open_result(scores), load_json(about)["seconds_per_fact"]
+            spent = (time.perf_counter() - started) / left if left else None
+            if not about.is_file():
+                save_json({"model": self.model.name, "dtype": str(self.model.dtype), "seconds_per_fact": spent}, about)
+            found = open_result(scores)
+        seconds = load_json(about)["seconds_per_fact"]
+        return found, float("nan") if seconds is None else seconds
+
+
+def readable(place: Path, partial: bool = False) -> xr.Dataset | None:
+    """A stored result in memory; None where it is missing or damaged, or unfinished (unless `partial`)."""
+    try:
+        return open_result(place, partial=partial).load()
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def changing(name: str) -> list[str]:

@@ -164,6 +164,16 @@ def test_attribution_sweep_publishes_one_frame_and_does_only_what_is_missing(
     monkeypatch.setattr(sweep.wb, "attribute", counted)
     sweep.sweep_all(asked)
     assert calls == [cells[0]]
+    for damaged in (cells[1] / "score" / "c", cells[0] / "relation" / "c" / "0"):
+        file = next(one for one in (damaged, *damaged.rglob("*")) if one.is_file())
+        file.write_bytes(file.read_bytes()[:-5] + b"\x07" + file.read_bytes()[-4:])
+        frame = sweep.sweep_all(asked)
+        pd.testing.assert_frame_equal(
+            frame.drop(columns="seconds_per_fact"), again.drop(columns="seconds_per_fact"), check_dtype=False
+        )
+        assert calls[-1] == next(cell for cell in cells if damaged.is_relative_to(cell))
+        assert frame["seconds_per_fact"].isna().sum() == 4  # of the cell that was found done, without its times
+    assert len(calls) == 3
     ds, _ = sweep.Subject(asked, str(tmp_path / "tiny")).result(sweep.Cell("node", "ig", 4, "opposite"))
     facts = FACTS.filter(ids=[str(name) for name in ds["fact"].values])
     expected = attribute(load_model(str(tmp_path / "tiny")), facts, steps=4, progress=False)

@@ -170,6 +170,12 @@ def test_public_names_are_documented_and_typed(name: str) -> None:
         assert signature.return_annotation is not inspect.Signature.empty
 
 
+@pytest.mark.parametrize("room", LAYERS)
+def test_every_name_that_a_room_offers_is_there(room: str) -> None:
+    module = importlib.import_module(f"workbench.{room}")
+    assert not [name for name in getattr(module, "__all__", ()) if not hasattr(module, name)]
+
+
 def test_public_names_stay_functions_after_every_room_is_imported() -> None:
     for room in LAYERS:
         importlib.import_module(f"workbench.{room}")

@@ -269,6 +269,10 @@ def test_results_that_do_not_belong_together_are_refused() -> None:
     frame = agreement(traced, attributed, roles=["last"])
     assert frame["rho"].isna().all()  # the same in every layer: no order to compare
     assert frame["fact"].tolist() == ["f0", "f1"]
+    with pytest.raises(ValueError, match="in this order"):
+        agreement(attributed, traced)
+    with pytest.raises(ValueError, match="at least one of the permutations"):
+        agreement(traced, attributed, permutations=0)
     with pytest.raises(ValueError, match="different models"):
         agreement(traced, attributed.assign_attrs(model_digest="n"))
     with pytest.raises(ValueError, match="different layers"):

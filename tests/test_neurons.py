@@ -182,6 +182,8 @@ def test_an_attribution_of_something_else_is_refused() -> None:
         knowledge_neurons(model, facts[:2], attribution=scores, unit="node")
     with pytest.raises(ValueError, match="another model than"):
         knowledge_neurons(planted.model([(0, 7)]), facts[:2], attribution=scores)
+    with pytest.raises(ValueError, match="attribution= takes what attribute"):
+        knowledge_neurons(model, facts, attribution=scores.drop_vars("score"))
     with pytest.raises(ValueError, match="lacks the column 'kind'"):
         selection_of(model, pd.DataFrame({"layer": [0], "unit": [1]}))
     with pytest.raises(ValueError, match="names layer 2, but planted has 2"):
@@ -308,11 +310,29 @@ def test_wrong_effects_are_named() -> None:
         ({"action": "edit", "answers": {"France": "Rome"}}, "no new answer: name it"),
         ({"action": "erase", "factor": 0.5}, "leave it out"),
         ({"controls": 0}, "controls of at least 1"),
+        ({"seed": -1}, "a seed of at least 0"),
+        ({"neurons": neurons.drop(columns="fact")}, "lacks the column 'fact'"),
         ({"neurons": neurons.iloc[:0]}, "no rows"),
         ({"facts": facts[:1]}, "the fact 'Japan', which is not among"),
     ):
         with pytest.raises(ValueError, match=sentence):
             effects(model, **{"facts": facts, "neurons": neurons, "progress": False, **options})
+
+
+def test_facts_without_a_relation_share_none() -> None:
+    model, facts, neurons = found()
+    bare = FactSet("bare", tuple(replace(fact, relation="") for fact in facts))
+    frame = effects(model, bare, neurons[neurons["fact"] == "France"], controls=1, progress=False)
+    chosen = frame[frame["units"] == "chosen"].set_index("group")["n"].to_dict()
+    assert chosen == {"fact": 3, "others": len(facts) - 1}
+
+
+def test_too_many_controls_for_a_later_fact_are_refused_before_any_is_read(monkeypatch) -> None:
+    model = load_model(random_model("llama"), tokenizer=tokenizer())
+    crowd = pd.concat([one(model, 1, j) for j in range(21)]).assign(fact="japan")
+    monkeypatch.setattr(type(model), "logits", lambda *given, **options: pytest.fail("work began"))
+    with pytest.raises(ValueError, match="21 of them chosen: too few"):
+        effects(model, FACTS, pd.concat([one(model, 1, 5).assign(fact="france"), crowd]), controls=1, progress=False)
 
 
 # Erasing and editing
@@ -394,6 +414,7 @@ def test_what_cannot_be_edited_is_refused() -> None:
         (lambda: edit(model, FACTS[0], one(model, 0, 1, "node"), "Rome"), "no value vector"),
         (lambda: edit(model, FACTS[0], one(model, 0, 1), "Paris"), "begin with the same token"),
         (lambda: edit(model, FACTS[0], one(model, 0, 1), "Rome", table="both"), "table must be"),
+        (lambda: edit(model, FACTS[0], one(model, 0, 1), "Rome", lambda_new=float("nan")), "are finite numbers"),
     )
     for change, sentence in cases:
         with pytest.raises(ValueError, match=sentence), change():

@@ -322,6 +322,7 @@ def test_facts_that_the_attribution_has_seen_are_not_read_unless_told() -> None:
         ({"quotas": [1, 1]}, "each once"),
         ({"quotas": [0.01]}, "less than one unit"),
         ({"seeds": []}, "need seeds"),
+        ({"draws": 0}, "at least one draw"),
         ({"overlap": "ignore"}, "overlap must be"),
         ({"general": "one text"}, "list of passages"),
     ],

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
+from math import isfinite
 from typing import cast
 
 import pandas as pd
@@ -67,6 +68,8 @@ def edit(
     Raises:
         ValueError: nodes, which have no value vector, or answers that begin with the same token.
     """
+    if not (isfinite(lambda_old) and isfinite(lambda_new)):
+        raise ValueError(f"lambda_old and lambda_new are finite numbers, not {lambda_old} and {lambda_new}.")
     old, new = answer_tokens(model, fact, new_answer)
     change = lambda_new * token_vector(model, new, table).float() - lambda_old * token_vector(model, old, table).float()
     with _values_changed(model, neurons, lambda values: (values.float() + change).to(values)):

@@ -72,8 +72,11 @@ def effects(
     """
     if action not in ACTIONS:
         raise ValueError(f"action must be one of {', '.join(ACTIONS)}, not {action!r}.")
-    if controls < 1 or others < 0:
-        raise ValueError(f"Effects need controls of at least 1 and others of at least 0, not {controls} and {others}.")
+    if controls < 1 or others < 0 or seed < 0:
+        raise ValueError(
+            "Effects need controls of at least 1, and others and a seed of at least 0, not "
+            f"{controls}, {others} and {seed}."
+        )
     if (action == "edit") != (answers is not None):
         raise ValueError('The action "edit", and no other, takes answers: the new answer of every fact, by its id.')
     if action not in FACTORS:
@@ -81,6 +84,8 @@ def effects(
             raise ValueError(f"A factor multiplies activations, but {action!r} changes weights: leave it out.")
         scope = "all"
     strength = FACTORS.get(action, np.nan) if factor is None else factor
+    if "fact" not in neurons:
+        raise ValueError("The frame of knowledge neurons does not say whose they are: it lacks the column 'fact'.")
     owners = [str(fact) for fact in neurons["fact"].unique()]
     unknown = [fact for fact in owners if fact not in facts.ids]
     if not owners:
@@ -91,6 +96,8 @@ def effects(
         raise ValueError(f"The fact {lacking[0]!r} has neurons to edit but no new answer: name it in answers.")
     new = {fact: answer_tokens(model, facts[fact], answers[fact])[1] for fact in owners} if answers else {}
     tokens = {fact.fact_id: fact for fact in model.tokenise(facts)}
+    for fact in owners:
+        _check_room(selection_of(model, neurons[neurons["fact"] == fact]), controls)
     frames = []
     for fact in tqdm(owners, unit="fact", desc="effects", disable=not progress):
         chosen = selection_of(model, neurons[neurons["fact"] == fact])
@@ -169,15 +176,11 @@ def matched_units(
     Raises:
         ValueError: a layer with fewer units than that takes.
     """
+    _check_room(chosen, draws)
     size = mean_activation(model, chosen.unit, prompts, scope)
     masks = np.zeros((draws, chosen.n_layers, chosen.n_units), dtype=bool)
     for layer in range(chosen.n_layers):
         rows = chosen.rows(layer)
-        if len(rows) * (draws + 1) > chosen.n_units:
-            raise ValueError(
-                f"Layer {layer} has {chosen.n_units} {chosen.unit}s, {len(rows)} of them chosen: too few to match "
-                f"{draws} times; ask for fewer controls."
-            )
         generator = np.random.default_rng([seed, layer, *rows])
         free = np.setdiff1d(np.arange(chosen.n_units), rows)
         for row in rows:
@@ -188,6 +191,17 @@ def matched_units(
             free = np.setdiff1d(free, nearest)
     origin = {"matched_to": chosen.origin, "seed": seed}
     return [Selection(chosen.mask.copy(data=mask), chosen.unit, origin | {"draw": i}) for i, mask in enumerate(masks)]
+
+
+def _check_room(chosen: Selection, draws: int) -> None:
+    """Refuse to match the chosen units of a layer more often than its other units allow."""
+    for layer in range(chosen.n_layers):
+        count = len(chosen.rows(layer))
+        if count * (draws + 1) > chosen.n_units:
+            raise ValueError(
+                f"Layer {layer} has {chosen.n_units} {chosen.unit}s, {count} of them chosen: too few to match "
+                f"{draws} times; ask for fewer controls."
+            )
 
 
 def mean_activation(
@@ -213,10 +227,14 @@ def mean_activation(
 def _beside(
     facts: FactSet, fact: Fact, tokens: dict[str, TokenisedFact], most: int, seed: int
 ) -> dict[str, list[TokenisedFact]]:
-    """Other facts of the relation and of other relations, some of them; a group without facts is left out."""
+    """Other facts of the relation and of other relations, some of them; a group without facts is left out.
+
+    Facts that do not say their relation share none.
+    """
+    kin = {one.id for one in facts if one.relation == fact.relation != ""}
     groups = {
-        "relation": facts.filter(where=lambda one: one.relation == fact.relation and one.id != fact.id),
-        "others": facts.filter(where=lambda one: one.relation != fact.relation),
+        "relation": facts.filter(where=lambda one: one.id in kin and one.id != fact.id),
+        "others": facts.filter(where=lambda one: one.id not in kin and one.id != fact.id),
     }
     drawn = {name: group.sample(min(most, len(group)), seed) for name, group in groups.items() if len(group) and most}
     return {name: [tokens[one] for one in group.ids] for name, group in drawn.items()}

@@ -207,6 +207,8 @@ def _prompts(facts: FactSet) -> dict[str, list[str]]:
 
 def _check_prompts(model: HookedModel, facts: FactSet, attribution: xr.Dataset, unit: str) -> None:
     """Refuse an attribution of another model or without the prompts of these facts."""
+    if "score" not in attribution or "unit" not in attribution.attrs:
+        raise ValueError("attribution= takes what attribute(model, facts.per_prompt()) returns.")
     check_made_with(attribution, model.digest, model.name)
     if attribution.attrs["unit"] != unit:
         raise ValueError(f"The attribution is of {attribution.attrs['unit']}s, not of {unit}s; say so with unit=.")

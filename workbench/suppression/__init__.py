@@ -1,5 +1,6 @@
 """Suppress or enhance chosen units, and the test by which a way of choosing them is judged."""
 
+from workbench.intervals import means
 from workbench.suppression.curve import suppression_curve
 from workbench.suppression.reading import Intervention, compare, enhance, scaled, suppress
 

@@ -102,6 +102,8 @@ def suppression_curve(
     if isinstance(general, str):
         raise ValueError("general is one text; give a list of passages.")
     _check_choices(groups, strategies, quotas, scores, seeds)
+    if draws < 1:
+        raise ValueError(f"A bootstrap needs at least one draw, not {draws}.")
     check_made_with(attribution, model.digest, model.name)
     facts = held_out(facts, attribution, overlap)
     tokens = model.tokenise(facts)

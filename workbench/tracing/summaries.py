@@ -85,6 +85,8 @@ def agreement(
     Raises:
         ValueError: results of different models or layers, or without a common fact.
     """
+    if permutations < 1:
+        raise ValueError(f"The null and the bootstrap need at least one of the permutations, not {permutations}.")
     ids, sums = _layer_sums(result, attribution, score)
     generator = np.random.default_rng(seed)
     shuffles = np.stack([generator.permutation(sums.shape[1]) for _ in range(permutations)])
@@ -180,6 +182,8 @@ def _layer_sums(
     """The facts that both results have, and the sums of each layer's scores."""
     if score not in ("magnitude", "signed"):
         raise ValueError(f'score must be "magnitude" or "signed", not {score!r}.')
+    if "effect" not in result or "score" not in attribution:
+        raise ValueError("Agreement is between a result of trace and one of attribute, in this order.")
     models = {str(ds.attrs.get("model_digest", "unknown")) for ds in (result, attribution)} - {"unknown"}
     if len(models) > 1:
         raise ValueError("The trace and the attribution were made with different models; make both with one.")
