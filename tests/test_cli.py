@@ -123,7 +123,7 @@ def test_attribute_gives_the_mean_over_paraphrases(tiny_inputs, tmp_path, monkey
     asked = wb.load_facts(facts)
     prompts = wb.attribute(wb.load_model(model), asked.per_prompt(), method="grad_x_act", progress=False)
     np.testing.assert_array_equal(open_result(each)["score"], prompts["score"])
-    mean = open_result(out)
+    mean = open_result(out).load()
     france = prompts["score"].sel(fact=["france#0", "france#1"]).values.mean(0)
     np.testing.assert_allclose(mean["score"].sel(fact="france"), france, rtol=1e-6)
     assert np.abs(prompts["score"].sel(fact="france#0") - mean["score"].sel(fact="france")).max() > 1e-3
@@ -132,6 +132,10 @@ def test_attribute_gives_the_mean_over_paraphrases(tiny_inputs, tmp_path, monkey
 
     monkeypatch.setattr("workbench.attribution.scoring.score_batch", lambda *given: pytest.fail("work began"))
     assert call(monkeypatch, *command, "--paraphrases") == 0  # nothing is left to do
+    (out / "relation" / "c" / "0").unlink()
+    (out / "fact" / "c" / "0").write_bytes(b"")
+    assert call(monkeypatch, *command, "--paraphrases") == 0  # means that are damaged are made anew
+    assert open_result(out).load().identical(mean)
     assert call(monkeypatch, *command) == 1  # means are not scores of the facts' own prompts
     assert "--no-resume" in capsys.readouterr().err
     shutil.rmtree(each)

@@ -108,10 +108,10 @@ def attribute_command(
 
 def _place_of_prompts(out: Path, resume: bool) -> Path:
     """Where the scores of single prompts go whose means go to `out`; what `out` holds must be such means."""
-    from workbench.results.labelled import check_replaceable, kind_of, open_result
+    from workbench.results.labelled import attrs_of, check_replaceable, kind_of
 
     each = out.with_name(f"{out.name.removesuffix('.zarr')}.prompts.zarr")
     check_replaceable(out, kind="attribution")
-    if resume and kind_of(out) and not ("aggregate" in open_result(out, all_facts=True).attrs and kind_of(each)):
+    if resume and kind_of(out) and not ("aggregate" in attrs_of(out) and kind_of(each)):
         raise ValueError(f"{out} holds no means of {each}: choose another --out, or start anew with --no-resume.")
     return each

@@ -81,12 +81,14 @@ def open_result(
 
 def kind_of(folder: Path) -> str | None:
     """Return the kind of result that a folder holds, or None if it is not a result of ours."""
+    return attrs_of(folder).get(KIND)
+
+
+def attrs_of(folder: Path) -> dict[str, Any]:
+    """The attributes of a stored result, also of a damaged one; none where there is no result."""
     metadata = folder / "zarr.json"
-    if not metadata.is_file():
-        return None
-    record: Any = load_json(metadata)
-    attributes = record.get("attributes", {}) if isinstance(record, dict) else {}
-    return attributes.get(KIND)
+    record: Any = load_json(metadata) if metadata.is_file() else None
+    return record.get("attributes", {}) if isinstance(record, dict) else {}
 
 
 def check_replaceable(folder: Path, kind: str | None = None) -> None:

@@ -111,7 +111,8 @@ def suppression_curve(
     different = list(dict.fromkeys(point.selection for point in points))
     interventions = [scaled(model, selection, factor) for selection in different]
     settings = {
-        "model": model.digest, "facts": facts.digest, "units": digest_of([one.positions() for one in different]),
+        "model": model.digest, "facts": facts.digest, "unit": attribution.attrs["unit"],
+        "units": digest_of([one.positions() for one in different]),
         "factor": factor, "text": digest_of(list(general or [])), "max_tokens": max_tokens,
     }  # fmt: skip
     texts: dict[str, Any] = {"general": general, "max_tokens": max_tokens}
