@@ -24,7 +24,7 @@ import pandas as pd
 import xarray as xr
 
 import workbench as wb
-from workbench.attribution import FIXED
+from workbench.attribution import FIXED, checked_settings
 from workbench.figures import agreement_map, gap_by_steps
 from workbench.reporting import places, publish
 from workbench.results import digest_of, load_json, open_result, provenance, save_json
@@ -60,6 +60,11 @@ class Cell:
     method: str
     steps: int
     relation: str
+
+    @property
+    def asked(self) -> int | None:
+        """The steps to ask for: None where they adapt or the method fixes them."""
+        return self.steps or None if FIXED[self.method]["steps"] is None else None
 
     @property
     def place(self) -> str:
@@ -111,8 +116,7 @@ class Subject:
             left = len(facts) - (0 if begun is None else begun.sizes["fact"])
             _ = self.model.digest  # opened before the clock starts
             started = time.perf_counter()
-            steps = cell.steps if FIXED[cell.method]["steps"] is None and cell.steps else None
-            wb.attribute(self.model, facts, method=cell.method, unit=cell.unit, steps=steps, out=scores)
+            wb.attribute(self.model, facts, method=cell.method, unit=cell.unit, steps=cell.asked, out=scores)
             spent = (time.perf_counter() - started) / left if left else None
             if not about.is_file():
                 save_json({"model": self.model.name, "dtype": str(self.model.dtype), "seconds_per_fact": spent}, about)
@@ -158,6 +162,17 @@ def cells(sweep: Sweep, relation: str, unit: str) -> Iterator[Cell]:
             yield Cell(unit, method, steps, relation)
 
 
+def check(sweep: Sweep) -> None:
+    """Refuse what no cell can be made of, before a model is opened."""
+    if sweep.per_relation < 1:
+        raise ValueError(f"--per-relation must be at least 1, not {sweep.per_relation}.")
+    asked = [cell for unit in sweep.units for cell in cells(sweep, "", unit)]
+    if not asked:
+        raise ValueError(f"{', '.join(sweep.methods)} is not defined for {' and '.join(sweep.units)}s: give --units.")
+    for cell in asked:
+        checked_settings(cell.method, cell.unit, cell.asked)
+
+
 def reference_of(found: list[Cell]) -> Cell:
     """The cell that the others are compared with: exact ablation, or `ig` with the most steps."""
     exact = [cell for cell in found if cell.method == "ablation"]
@@ -166,12 +181,15 @@ def reference_of(found: list[Cell]) -> Cell:
 
 def sweep_all(sweep: Sweep) -> pd.DataFrame:
     """All cells, resumable, as one tidy frame: a row per cell and layer, and one over all layers (layer missing)."""
+    check(sweep)
     frames = []
     for name in sweep.models:
         subject = Subject(sweep, name)
         for relation in subject.facts:
             for unit in sweep.units:
                 todo = list(cells(sweep, relation, unit))
+                if not todo:
+                    continue  # of methods that are defined for the other unit kind
                 reference = reference_of(todo)
                 scores, _ = subject.result(reference)
                 frames += [

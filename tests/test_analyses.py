@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -178,6 +179,24 @@ def test_attribution_sweep_publishes_one_frame_and_does_only_what_is_missing(
     facts = FACTS.filter(ids=[str(name) for name in ds["fact"].values])
     expected = attribute(load_model(str(tmp_path / "tiny")), facts, steps=4, progress=False)
     np.testing.assert_array_equal(ds["score"], expected["score"])
+
+
+def test_attribution_sweep_passes_over_the_other_unit_kind_and_names_what_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = script("analyses", "attribution_sweep")
+    asked = replace(sweep.parsed(smoke(tmp_path))[0], methods=("kn",), units=("node", "neuron"))
+    frame = sweep.sweep_all(asked)
+    assert set(frame["unit"]) == {"neuron"}
+    assert set(frame["reference"]) == {"kn"}
+    monkeypatch.setattr(sweep.wb, "load_model", lambda name: pytest.fail("opened a model"))
+    for changes, sentence in (
+        ({"units": ("node",)}, "kn is not defined for nodes"),
+        ({"methods": ("ig",), "steps": (4, -1)}, "steps must be a whole number of at least 1, not -1"),
+        ({"per_relation": 0}, "--per-relation must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            sweep.sweep_all(replace(asked, out=tmp_path / "new", **changes))
 
 
 def test_attribution_sweep_summarises_by_hand(tmp_path: Path) -> None:
