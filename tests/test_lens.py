@@ -102,11 +102,15 @@ def hand_made(model, kind: str, fact) -> dict[str, list[float]]:
         "gpt2": ("attn.c_proj", "mlp.c_proj"),
         "gpt_neox": ("attention.dense", "mlp.dense_4h_to_h"),  # both added to the block's input
         "gemma2": ("post_attention_layernorm", "post_feedforward_layernorm"),  # written after a norm
+        "gemma3_text": ("post_attention_layernorm", "post_feedforward_layernorm"),
+        "olmo2": ("post_attention_layernorm", "post_feedforward_layernorm"),
+        "phi": ("self_attn.dense", "mlp.fc2"),  # side by side
         "opt": ("self_attn.out_proj", "fc2"),
         "bloom": ("self_attention.dense", "mlp.dense_4h_to_h"),
     }[kind]
     norm_name = {"gpt2": "transformer.ln_f", "bloom": "transformer.ln_f", "gpt_neox": "gpt_neox.final_layer_norm",
-                 "opt": "model.decoder.final_layer_norm"}.get(kind, "model.norm")  # fmt: skip
+                 "opt": "model.decoder.final_layer_norm",
+                 "phi": "model.final_layernorm"}.get(kind, "model.norm")  # fmt: skip
     norm = model.hf.get_submodule(norm_name)
     seen: dict[str, list[torch.Tensor]] = {"attention": [], "mlp": [], "final": []}
 
@@ -130,13 +134,13 @@ def hand_made(model, kind: str, fact) -> dict[str, list[float]]:
             }
         else:
             eps = getattr(norm, "variance_epsilon", None) or norm.eps
-            gain = norm.weight + 1 if kind == "gemma2" else norm.weight
+            gain = norm.weight + 1 if kind.startswith("gemma") else norm.weight
             scale = (final.square().mean() + eps).sqrt()
             terms = {k: [float((row * gain * v / scale).sum()) for v in vs] for k, vs in seen.items()}
     return terms
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "gemma2", "opt", "bloom"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "phi", "gemma2", "gemma3_text", "olmo2", "opt", "bloom"])
 def test_every_term_equals_the_one_made_by_hand(kind: str) -> None:
     model = load_model(shaken(kind), tokenizer=tokenizer())
     frame = direct_logit_attribution(model, FACTS)

@@ -37,6 +37,8 @@ NAMES = {
     "gpt2": ("transformer.wte", "transformer.h", "mlp.c_proj", "attn"),
     "llama": ("model.embed_tokens", "model.layers", "mlp.down_proj", "self_attn"),
     "gemma2": ("model.embed_tokens", "model.layers", "mlp.down_proj", "self_attn"),
+    "olmo2": ("model.embed_tokens", "model.layers", "mlp.down_proj", "self_attn"),
+    "phi": ("model.embed_tokens", "model.layers", "mlp.fc2", "self_attn"),
     "gpt_neox": ("gpt_neox.embed_in", "gpt_neox.layers", "mlp.dense_4h_to_h", "attention"),
     "opt": ("model.decoder.embed_tokens", "model.decoder.layers", "fc2", "self_attn"),
     "bloom": ("transformer.word_embeddings", "transformer.h", "mlp.dense_4h_to_h", "self_attention.dense"),
