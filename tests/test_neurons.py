@@ -494,3 +494,15 @@ def test_the_command_erases_and_edits(tmp_path, monkeypatch, capsys) -> None:
     ):
         assert call(monkeypatch, "neurons", *common, *rest) == 1
         assert sentence in capsys.readouterr().err
+
+
+def test_the_command_names_wrong_options_before_a_model_opens(tmp_path, monkeypatch, capsys) -> None:
+    common = ("neurons", "--model", tmp_path / "nowhere", "--facts", FACTS.save(tmp_path / "facts.jsonl"), "-q")
+    for rest, sentence in (
+        (["--share", "2"], "share is 2.0"),
+        (["--threshold", "0"], "threshold is 0.0"),
+        (["--method", "magic"], "method must be one of ig"),
+        (["--method", "loki-code"], "loki-code is defined for nodes"),
+    ):
+        assert call(monkeypatch, *common, *rest) == 1
+        assert sentence in capsys.readouterr().err

@@ -67,11 +67,12 @@ def neurons_command(
         raise ValueError("A node has no value vector to erase or edit; use --unit neuron, or --effect suppress.")
     if effect != "none" and edit is not None:
         raise ValueError("--effect and --edit are two tests; start one after the other.")
+    from workbench.neurons import answer_tokens, check_finding, knowledge_neurons, selection_of
+
+    check_finding(threshold, share, method=method, unit=unit)
     opened, chosen = model_and_facts(model, facts, asked)
     if edit is not None and edit not in chosen.ids:
         raise ValueError(f"There is no fact {edit!r} among the {len(chosen)} of {chosen.name}; --edit takes an id.")
-    from workbench.neurons import answer_tokens, knowledge_neurons, selection_of
-
     if edit is not None:
         answer_tokens(opened, chosen[edit], str(to))  # refuses an answer that would change nothing
     if effect != "none" and 2 * (controls + 1) > opened.width(unit):

@@ -2,10 +2,11 @@
 
 from workbench.neurons.editing import answer_tokens, edit, erase, measure_edit, measure_erase
 from workbench.neurons.effects import effect_means, effects
-from workbench.neurons.finding import knowledge_neurons, selection_of
+from workbench.neurons.finding import check_finding, knowledge_neurons, selection_of
 
 __all__ = [
     "answer_tokens",
+    "check_finding",
     "edit",
     "effect_means",
     "effects",

@@ -63,11 +63,10 @@ def knowledge_neurons(
     Raises:
         ValueError: an option out of range, or an attribution of another model or of other facts.
     """
-    _check(threshold, share, number)
     check_unit(unit)
+    method = check_finding(threshold, share, number, method, unit)
     if attribution is not None:
         _check_prompts(model, facts, attribution, unit)
-    method = _check_method(method, unit)
     found, attrs = _agreed(model, facts, attribution, threshold, progress, {"method": method, "unit": unit, **options})
     needed = _adapt(facts, found, share, number) if adaptive else dict.fromkeys(facts.relations, share)
     frames = []
@@ -132,15 +131,6 @@ def selection_of(model: HookedModel, neurons: pd.DataFrame) -> Selection:
     found = Selection.from_positions(positions, unit=kinds[0], n_units=model.width(kinds[0]))
     facts = [str(fact) for fact in neurons["fact"].unique()] if "fact" in neurons else []
     return Selection(found.mask, found.unit, {"knowledge_neurons": facts})
-
-
-def _check_method(method: str | None, unit: str) -> str:
-    """The method: the paper's `kn` for neurons where none is named, `ig` for nodes."""
-    if method is None:
-        return "kn" if unit == "neuron" else "ig"
-    if FIXED.get(method, {}).get("unit", unit) != unit:
-        raise ValueError(f"{method} is defined for {FIXED[method]['unit']}s; use method='ig' for {unit}s.")
-    return method
 
 
 def _coarse(scores: xr.Dataset, ids: Sequence[str], threshold: float) -> pd.DataFrame:
@@ -217,10 +207,24 @@ def _check_prompts(model: HookedModel, facts: FactSet, attribution: xr.Dataset, 
         raise ValueError(f"The attribution has no prompt {missing[0]!r}: attribute facts.per_prompt().")
 
 
-def _check(threshold: float | int, share: float | int, number: tuple[float | int, float | int]) -> None:
+def check_finding(
+    threshold: float | int,
+    share: float | int,
+    number: tuple[float | int, float | int] = (2, 5),
+    method: str | None = None,
+    unit: str = "neuron",
+) -> str:
+    """The method that is used, where none is named; or one sentence about the first option that is wrong."""
     if not 0 < threshold < 1:
         raise ValueError(f"threshold is {threshold}: give a share of the largest attribution, between 0 and 1.")
     if not 0 < share <= 1:
         raise ValueError(f"share is {share}: give a share of a fact's prompts, above 0 and at most 1.")
     if not 0 < number[0] <= number[1]:
         raise ValueError(f"number is {number}: give the smallest and the largest mean number of units, as in (2, 5).")
+    if method is None:
+        return "kn" if unit == "neuron" else "ig"
+    if method not in FIXED:
+        raise ValueError(f"method must be one of {', '.join(FIXED)}, not {method!r}.")
+    if FIXED[method].get("unit", unit) != unit:
+        raise ValueError(f"{method} is defined for {FIXED[method]['unit']}s; use method='ig' for {unit}s.")
+    return method
