@@ -19,7 +19,7 @@ from workbench.learning import verdict
 from workbench.results import load_frame, open_result
 from workbench.selection import Selection
 
-FRAMES = ["recall.parquet", "recall_new.parquet", "drift.parquet", "forgetting.parquet"]
+FRAMES = ["recall.parquet", "recall_new.parquet", "advice.parquet", "drift.parquet", "forgetting.parquet"]
 METHODS = ("loki", "loki_random", "lora")
 WORK = ["recall", "attribute", "interference", "layer_advice", "foresee", "select", "implant", "measure_drift",
         "measure_forgetting", "report"]  # fmt: skip
@@ -59,7 +59,7 @@ def results(folder: Path) -> dict[str, object]:
     for method in METHODS:
         history = load_frame(folder / f"implant/{method}/history.parquet")
         found[method] = history.drop(columns="seconds")
-    for name in ("attribution", "interference"):
+    for name in ("attribution", "attribution_new", "interference"):
         found[name] = open_result(folder / f"{name}.zarr").load()
     found["selection"] = {m: Selection.load(folder / f"selection/{m}.json").positions() for m in METHODS[:2]}
     return found
