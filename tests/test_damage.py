@@ -2,11 +2,13 @@
 
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import xarray as xr
 from command import call
 from tiny import FACTS, saved, tiny
 
@@ -24,12 +26,27 @@ HOW: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.fixture
-def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole result, with one fact in a file of scores."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "CHUNK_BYTES", 1)
+        place = tmp_path_factory.mktemp("whole") / "a.zarr"
+        attribute(tiny("llama"), FACTS, out=place, **OPTIONS)
+    return place
+
+
+@pytest.fixture
+def path(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the whole result, to be damaged."""
     monkeypatch.setattr(store, "CHUNK_BYTES", 1)
-    attribute(tiny("llama"), FACTS, out=tmp_path / "a.zarr", **OPTIONS)
-    return tmp_path / "a.zarr"
+    return shutil.copytree(whole, tmp_path / "a.zarr")
+
+
+@cache
+def expected() -> xr.Dataset:
+    """The same attribution in memory."""
+    return attribute(tiny("llama"), FACTS, **OPTIONS)
 
 
 def computed_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -44,9 +61,8 @@ def computed_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     planned = plan(tiny("llama"), FACTS, out=path, **{k: v for k, v in OPTIONS.items() if k != "progress"})
     ds = attribute(tiny("llama"), FACTS, out=path, **OPTIONS)
     assert planned.facts == len(seen)
-    expected = attribute(tiny("llama"), FACTS, **OPTIONS)
     for name in ("score", "gap", "target_prob"):
-        np.testing.assert_array_equal(ds[name], expected[name])
+        np.testing.assert_array_equal(ds[name], expected()[name])
     return seen[: planned.facts]
 
 

@@ -65,8 +65,9 @@ def drawn(matrix: Matrix) -> Draw:
     >>> drawn(np.array([[9.0, 1.0], [-3.0, 9.0]]))
     Draw(largest=1.0, smallest=-3.0, mean=-1.0, below=1.0)
     """
-    pairs = matrix[~np.eye(len(matrix), dtype=bool)]
-    below = float((in_pairs(matrix[None])[0] < 0).mean())
+    apart = ~np.eye(len(matrix), dtype=bool)
+    pairs = matrix[apart]
+    below = float((matrix.astype(np.float64) + matrix.T < 0)[apart].mean())
     return Draw(float(pairs.max()), float(pairs.min()), float(pairs.mean()), below)
 
 
