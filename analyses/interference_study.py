@@ -2,7 +2,8 @@
 
 For one set of facts (invented ones, and with --lre known ones from files in the LRE format): attribution, interference
 by every measure there is, the harm of learning each fact alone, what learning them together does, the table and the
-verdict of the prediction, and the layers to train. Publishes `figures/interference_study.*` (the prediction) and
+verdict of the prediction, and the layers to train. Publishes `figures/interference_study.*` (the prediction),
+`figures/interference_study_measures.*` (every measure per layer, with intervals and nulls) and
 `figures/interference_study_layers.*` (the advice); a second start does only what is missing.
 
     python analyses/interference_study.py --lre FOLDER    # the full study
@@ -19,8 +20,8 @@ import pandas as pd
 import xarray as xr
 
 import workbench as wb
-from workbench.figures import advice_by_layer, prediction
-from workbench.interfere import METRICS
+from workbench.figures import advice_by_layer, interference_by_layer, prediction
+from workbench.interfere import METRICS, within_across
 from workbench.learning import averages, by_layer, verdict
 from workbench.models import HookedModel
 from workbench.reporting import places, publish
@@ -76,11 +77,12 @@ class Study:
 
     def _measured(self, metric: str) -> xr.Dataset:
         folder = self.asked.out / f"interference_{metric}.zarr"
+        options: dict[str, Any] = {"permutations": self.asked.permutations, "seed": self.asked.seed}
         if kind_of(folder) is not None:
             stored = open_result(folder)
-            if stored.attrs["fact_digest"] == self.facts.digest and stored.attrs["model_digest"] == self.model.digest:
+            now = {"fact_digest": self.facts.digest, "model_digest": self.model.digest, **options}
+            if all(stored.attrs.get(name) == value for name, value in now.items()):
                 return stored
-        options: dict[str, Any] = {"permutations": self.asked.permutations, "seed": self.asked.seed}
         found = wb.interference(self.model, self.facts, self.attribution, metrics=[metric], **options)
         save_result(found, folder, kind="interference")
         return found
@@ -159,6 +161,8 @@ def main(arguments: list[str] | None = None) -> Path:
     }
     written = publish(prediction(frame), frame, "interference_study", asked.figures, about)
     publish(advice_by_layer(advice), advice, "interference_study_layers", asked.figures, about)
+    measured = within_across(study.interference)
+    publish(interference_by_layer(measured), measured, "interference_study_measures", asked.figures, about)
     for table in (frame.drop(columns=["n_facts", "splits", "seed"]), averages(per_fact), per_layer, advice):
         print(table.to_string(index=False, float_format=lambda x: f"{x:.3g}"))
     print(verdict(frame))

@@ -13,7 +13,11 @@ from scripts import HOME, script
 from tiny import FACTS, inputs_of_a_run, saved
 
 from workbench.attribution import attribute
+from workbench.facts import load_facts
 from workbench.models import load_model
+from workbench.recollection import recall
+from workbench.results import open_result
+from workbench.suppression import suppression_curve
 
 SCRIPTS = sorted((HOME / "analyses").glob("*.py"))
 LOG = HOME / "analyses" / "LOG.md"
@@ -289,3 +293,23 @@ def test_method_comparison_searches_trains_with_every_seed_and_keeps_its_trials(
     assert chosen.loc["lora", "edge"].all()  # of two rates each is at the edge
     assert not chosen.loc["ia3", "edge"].any()
     capsys.readouterr()
+
+
+def test_suppression_reads_other_facts_than_it_chose_by(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = inputs_of_a_run(tmp_path)
+    options = ["--smoke", "--out", str(tmp_path / "out"), "--figures", str(tmp_path / "figures")]
+    options += ["--model", given["model"], "--facts", given["retained"]]
+    page = script("analyses", "suppression").main(options)
+    frame, about = pd.read_csv(page.with_suffix(".csv")), json.loads(page.with_suffix(".json").read_text("utf-8"))
+    assert {"lowest", "random", "highest", "lowest vs random"} <= set(frame["group"])
+    assert set(frame["score"]) == {"signed", "magnitude"}
+    assert about["n_attributed"] > 1
+    model, facts = load_model(given["model"]), load_facts(given["retained"])
+    with open_result(next((tmp_path / "out").glob("scores-node-*.zarr"))) as scores:
+        asked, seen = recall(model, facts), [str(i) for i in scores["fact"].values]
+        assert asked.loc[seen, "known"].all()
+        read = facts.filter(ids=asked.index[asked["known"]]).filter(where=lambda fact: fact.id not in seen)
+        again = suppression_curve(model, scores, read, quotas=[10.0])
+    assert about["n_read"] == len(read) > 1
+    ours = frame[frame["suite"] == "facts"].reset_index(drop=True)
+    np.testing.assert_allclose(ours["after"], again["after"], rtol=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from typing import NamedTuple, TypeGuard
 
@@ -34,9 +35,18 @@ class ScoreSource(NamedTuple):
         step = max(1, CHUNK_BYTES // (4 * n_layers * n_units) // unit) * unit
         where = {int(layer): i for i, layer in enumerate(self.scores["layer"].values)}
         wanted = [where[layer] for layer in self.layers]
-        for start in range(0, n_facts, step):
+
+        def read(start: int) -> np.ndarray:
             values = np.asarray(self.scores.isel(fact=slice(start, start + step)).values)
-            yield start, self.transform(values if wanted == list(range(n_layers)) else values[:, wanted])
+            return self.transform(values if wanted == list(range(n_layers)) else values[:, wanted])
+
+        with ThreadPoolExecutor(max_workers=1) as ahead:  # the next chunk is read while this one is counted
+            coming = ahead.submit(read, 0)
+            for start in range(0, n_facts, step):
+                chunk = coming.result()
+                if start + step < n_facts:
+                    coming = ahead.submit(read, start + step)
+                yield start, chunk
 
 
 def marks(scores: np.ndarray, k: int) -> np.ndarray:
@@ -47,9 +57,7 @@ def marks(scores: np.ndarray, k: int) -> np.ndarray:
     """
     if k == 0:
         return np.zeros(scores.shape, dtype=bool)
-    ordered = scores.copy()
-    ordered.partition(k - 1, axis=1)
-    cut = ordered[:, k - 1 : k]
+    cut = lowest(scores, k)
     found = scores <= cut
     if np.count_nonzero(found) == k * len(found):
         return found
@@ -59,6 +67,27 @@ def marks(scores: np.ndarray, k: int) -> np.ndarray:
     room = k - below.sum(axis=1, keepdims=True)
     found[crowded] = below | (equal & (np.cumsum(equal, axis=1) <= room))
     return found
+
+
+def lowest(scores: np.ndarray, k: int) -> np.ndarray:
+    """The k-th lowest score in each row of (fact, unit), as a column.
+
+    Finite numbers in float32 are compared as whole numbers of the same order, which numpy partitions twice as fast.
+
+    >>> lowest(np.array([[-0.5, -2.0, 0.0, 1.0]], dtype=np.float32), 2).tolist()
+    [[-0.5]]
+    """
+    ordered = scores + 0.0  # a copy in which -0.0 is 0.0
+    if ordered.dtype != np.float32:
+        ordered.partition(k - 1, axis=1)
+        return ordered[:, k - 1 : k]
+    keys = ordered.view(np.int32)
+    if keys.min() < 0:  # below zero the order of the bits is that of the magnitude
+        keys ^= (keys >> 31) & 0x7FFFFFFF
+    keys.partition(k - 1, axis=1)
+    cut = keys[:, k - 1 : k].copy()
+    cut ^= (cut >> 31) & 0x7FFFFFFF
+    return cut.view(np.float32)
 
 
 def votes(scores: np.ndarray, k: int) -> np.ndarray:
@@ -97,12 +126,13 @@ def tally(source: ScoreSource, count_votes: Callable[[np.ndarray], np.ndarray]) 
     count = np.zeros((len(source.layers), source.n_units), dtype=np.int64)
     total, largest = np.zeros(count.shape), np.zeros(count.shape)
     for start, chunk in source.chunks():
-        part = chunk.sum(axis=0, dtype=np.float64)
-        if not np.isfinite(part).all():
-            _check_finite(chunk, source, start)
-        total += part
-        np.maximum(largest, chunk.max(axis=0), out=largest)
-        np.maximum(largest, -chunk.min(axis=0), out=largest)
+        for row in range(len(count)):  # one layer at a time stays in the processor's cache
+            part = chunk[:, row].sum(axis=0, dtype=np.float64)
+            if not np.isfinite(part).all():
+                _check_finite(chunk, source, start)
+            total[row] += part
+            np.maximum(largest[row], chunk[:, row].max(axis=0), out=largest[row])
+            np.maximum(largest[row], -chunk[:, row].min(axis=0), out=largest[row])
         count += count_votes(chunk)
     n_facts = int(source.scores.sizes["fact"])
     return Tally(count, total, largest * (n_facts**2 * 2.0**-52))
