@@ -45,8 +45,11 @@ def refuse_unsupported(hf: Any, name: str) -> None:
     ids = probe_ids(hf)
     changed = ids.clone()
     changed[0, -1] = ids[0, 0]
-    with torch.no_grad():
-        before, after = (hf.eval()(input_ids=x, use_cache=False).logits[0, :-1] for x in (ids, changed))
+    try:
+        with torch.no_grad():
+            before, after = (hf.eval()(input_ids=x, use_cache=False).logits[0, :-1] for x in (ids, changed))
+    except (RuntimeError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{kind} that transformers itself cannot run ({str(error)[:200]}).") from error
     if float((before - after).abs().max()) > 1e-6 * float(before.abs().max()):
         raise ValueError(f"{kind} in which later tokens change earlier ones, as in an encoder; "
                          "only decoder-only language models are supported.")  # fmt: skip
