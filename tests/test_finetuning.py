@@ -1,6 +1,7 @@
 """`finetune` and `workbench implant`: from a data file to an adapter, a model and a card, with errors before work."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pandas as pd
@@ -97,6 +98,14 @@ def test_a_watched_fine_tune_ends_within_its_bound(inputs, tmp_path) -> None:
         lost[name] = -frame[(frame["suite"] == "retained") & (frame["metric"] == "accuracy")]["change"].mean()
         assert run.file("trajectory.parquet").is_file() == bool(bounds)
     assert lost["held"] == lost["near"] == 0 < lost["free"]
+
+
+def test_nothing_known_is_nothing_to_watch(inputs, tmp_path) -> None:
+    for bounds in ({"watch": 0.1}, {"watch_drift": 1.0}):
+        with pytest.raises(ValueError, match="nothing to watch; give other retained facts, or leave watch and"):
+            finetune(asked(inputs, method="lora", retained=inputs["facts"], **bounds), tmp_path / "run", progress=False)
+        assert not (tmp_path / "run/adapter").exists()
+        shutil.rmtree(tmp_path / "run")
 
 
 def test_a_selection_that_knows_interference_is_given_it(inputs, tmp_path) -> None:

@@ -190,10 +190,12 @@ class _Way:
         """The retained facts that the base model answers."""
         frame = load_frame(self.folder.file("recall.parquet"))
         known = [str(i) for i in frame.index[frame["known"]]]
-        if not known and self.loki and self.asked.selection is None:
+        choosing = self.loki and self.asked.selection is None
+        if not known and (choosing or self.asked.watch is not None or self.asked.watch_drift is not None):
+            way_out = "a selection, or another method" if choosing else "or leave watch and watch_drift out"
             raise ValueError(
                 f"{self.model.name} knows none of the {len(frame)} facts of {self.asked.retained}, so there is "
-                "nothing to attribute; give other retained facts, a selection, or another method."
+                f"nothing to {'attribute' if choosing else 'watch'}; give other retained facts, {way_out}."
             )
         return self.retained.filter(ids=known)
 
@@ -294,7 +296,7 @@ class _Way:
             settings = settings.model_copy(update={"learning_rate": rate})
         watch = []
         bounds: dict[str, Any] = {"forgetting": self.asked.watch, "drift": self.asked.watch_drift}
-        if any(bound is not None for bound in bounds.values()) and len(self.known):
+        if any(bound is not None for bound in bounds.values()):
             place = self.folder.file("trajectory.parquet")
             watch = [DriftWatch(self.model, self.known, **bounds, out=place, seed=settings.seed)]
         options: dict[str, Any] = {"out": self.folder.path, "callbacks": watch, "progress": self.progress}
