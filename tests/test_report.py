@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,11 @@ from tests.run_folder import NASTY, fabricate_forgetting, fabricate_run
 from workbench import intervals
 from workbench.attribution import by_layer
 from workbench.reporting import findings, publish, report, tables
+from workbench.reporting.artefacts import read_artefacts
 from workbench.reporting.page import safe_json
 from workbench.reporting.publishing import find_browser
 from workbench.reporting.words import listed, number, percent, tenth
-from workbench.results import open_result
+from workbench.results import open_result, save_result
 from workbench.selection import Selection
 
 STAGES = {
@@ -308,11 +310,57 @@ def test_advice_and_prediction_are_told_and_a_prediction_of_before_is_not(run, t
     (folder / "prediction.json").write_text(json.dumps(told))
     text = report(folder).read_text(encoding="utf-8")
     assert {"advice", "prediction"} <= set(embedded(text))
-    for words in ("Layers to freeze: 0.", "Layer 2: 8 units, more than", told["verdict"], "20 facts, of which 90%"):
+    for words in (
+        "Layers to freeze: 0.",
+        "Layer 2: 8 units, more than",
+        told["verdict"],
+        "20 facts; after being learnt, 90%",
+        "Nothing in this run follows",
+    ):
         assert words in text
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "interference": {"harm": False}}))
-    assert told["verdict"] not in report(folder).read_text(encoding="utf-8")
+    path = folder / "selection" / "loki.json"
+    chosen = Selection.load(path)
+    replace(chosen, origin={"strategy": "interference_aware", "quota": {"0": 5.0}}).save(path)
+    text = report(folder).read_text(encoding="utf-8")
+    assert told["verdict"] not in text
+    assert "LoKI of this run trained what is advised" in text
+
+
+def test_measures_that_are_no_overlap_and_what_runs_of_before_left(run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "run")
+    found = open_result(folder / "interference.zarr").load()
+    shape = (("metric", "layer"), found["within"].values)
+    found = found.assign(dict.fromkeys(("low", "high", "q_value", "chance", "level"), shape))
+    found["level"] = found["level"].copy(data=np.where([[False], [True]], np.nan, found["level"]))
+    advised = {"layer": [0], "load_share": [1.0], "collision": [1.0], "budget": [1], "reason": ["alone"]}
+    pd.DataFrame(advised).to_parquet(folder / "advice.parquet")
+    (folder / "config.json").write_text(
+        json.dumps({"methods": ["loki"], "interference": {"metrics": ["gradient", "suppression"]}})
+    )
+    save_result(
+        found.assign_coords(metric=["gradient", "suppression"]), folder / "interference.zarr", kind="interference"
+    )
+    text = html.unescape(report(folder).read_text(encoding="utf-8"))
+    assert text.count("cosine or jaccard, and this run measured gradient and suppression alone.") == 2
+    assert not {"overlap", "relations"} & set(embedded(text))
+    assert {"measures", "advice"} <= set(embedded(text))
+    assert "Of gradient, low values are the harmful ones: a pair collides below the level" in text
+    assert "The pairs of suppression are not judged" in text
+    artefacts = read_artefacts(folder)
+    assert set(artefacts.drift["method"]) == set(artefacts.forgetting["method"]) == {"loki"}
+    (folder / "config.json").write_text(json.dumps({"methods": [], "interference": {"metrics": ["superposition"]}}))
+    save_result(
+        found.isel(metric=[0]).assign_coords(metric=["superposition"]),
+        folder / "interference.zarr",
+        kind="interference",
+    )
+    text = html.unescape(report(folder).read_text(encoding="utf-8"))
+    for absent in ("drift", "forgetting", "advice on layers (which takes one of cosine, jaccard, gradient)"):
+        assert f"This run has no {absent}, so" in text
+    assert "low values are the harmful ones" not in text
+    assert "are not judged" not in text
 
 
 def test_perplexity_and_distance_follow_the_sign_of_the_interval():

@@ -9,7 +9,7 @@ import xarray as xr
 
 from workbench.facts import FactSet, load_facts
 from workbench.results import load_frame, load_json, open_result
-from workbench.selection import Selection
+from workbench.selection import COLLISIONS, Selection
 
 NO_FACTS = FactSet("none", ())
 RETAINED = "facts/retained.jsonl"
@@ -67,7 +67,9 @@ def read_artefacts(folder: str | Path) -> Artefacts:
     trainings = {
         m: load_json(path / "implant" / m / "training.json") for m in methods if _has(path, m, "training.json")
     }
-    asked = config.get("interference", {}).get("harm", True)  # else an earlier run left it
+    among = config.get("interference", {})
+    asked = among.get("harm", True)  # else an earlier run left it, and so with advice, drift and forgetting
+    advised = {*COLLISIONS} & {*among.get("metrics", COLLISIONS)}
     found = Artefacts(
         folder=path,
         config=config,
@@ -77,14 +79,14 @@ def read_artefacts(folder: str | Path) -> Artefacts:
         facts=load_facts(path / RETAINED) if (path / RETAINED).is_file() else NO_FACTS,
         attribution=_dataset(path / "attribution.zarr"),
         interference=_dataset(path / "interference.zarr"),
-        advice=_frame(path / "advice.parquet"),
+        advice=_frame(path / "advice.parquet") if advised else pd.DataFrame(),
         prediction=_frame(path / "prediction.parquet") if asked else pd.DataFrame(),
         predicted=_json(path / "prediction.json") if asked else {},
         selections={m: Selection.load(path / "selection" / f"{m}.json") for m in _methods(path, config, "selection")},
         history=pd.concat(histories, ignore_index=True) if histories else pd.DataFrame(),
         training=trainings,
-        drift=_frame(path / "drift.parquet"),
-        forgetting=_frame(path / "forgetting.parquet"),
+        drift=_of_methods(path / "drift.parquet", config),
+        forgetting=_of_methods(path / "forgetting.parquet", config),
     )
     if not any(has(getattr(found, name)) for name in STAGES):
         raise FileNotFoundError(f"The folder {path} holds no results of a run: start a run in it first.")
@@ -112,6 +114,14 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _frame(path: Path) -> pd.DataFrame:
     return load_frame(path) if path.is_file() else pd.DataFrame()
+
+
+def _of_methods(path: Path, config: dict[str, Any]) -> pd.DataFrame:
+    """A table by method, without what an earlier run with other methods left."""
+    if "methods" not in config:
+        return _frame(path)
+    frame = _frame(path) if config["methods"] else pd.DataFrame()
+    return frame[frame["method"].isin(config["methods"])] if len(frame) else frame
 
 
 def _dataset(path: Path) -> xr.Dataset:

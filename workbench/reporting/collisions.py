@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from workbench import figures
-from workbench.interfere import within_across
+from workbench.interfere import METRICS, within_across
 from workbench.reporting import findings
 from workbench.reporting.artefacts import Artefacts
 from workbench.reporting.parts import Panel, Section
@@ -24,9 +24,10 @@ def measures(run: Artefacts) -> Section:
     about = (
         "Every measure of interference in its own units: bars are 95% bootstrap intervals over facts, the band is what "
         "shuffled relations give, and filled orange layers differ at a false discovery rate of 5% over layers. In the "
-        "table, chance is what the largest pair reaches when each fact's units are shuffled, and level what it has to "
-        "exceed, corrected over layers."
+        "table, chance is what the largest value of two facts reaches when each fact's units are shuffled, and level "
+        "what a pair has to exceed to collide, corrected over layers."
     )
+    about += "".join(f" {sentence}" for sentence in _levels(table))
     return Section("", "", about, [panel], table, "interference.zarr")
 
 
@@ -37,8 +38,9 @@ def prediction(run: Artefacts) -> Section:
     panel = Panel("prediction", caption, figures.figure_json(figures.prediction(run.prediction)), text)
     about = (
         "Every attributed fact, known or new, was learnt alone, and what that took from every other was set against "
-        "what was measured before. Each measure is chosen on half of the facts and judged on the others. Bars are 95% "
-        "intervals over facts; crosses are the same with the harms shuffled over pairs."
+        "what was measured before. The layer and the sign of each measure are chosen on half of the facts, and it is "
+        "judged on the others. Bars are 95% intervals over facts; crosses are the same with the harms shuffled over "
+        "pairs."
     )
     return Section("", "", about, [panel], run.prediction, "prediction.parquet", headline=text[:1])
 
@@ -49,17 +51,41 @@ def advice(run: Artefacts) -> Section:
     panel = Panel("advice", caption, figures.figure_json(drawn), about_advice(run.advice))
     about = (
         "Where the known facts lean and collide, where the new facts share their units, and how many units of every "
-        "layer to train by that. The methods above train what the settings say: to follow the advice, give "
-        "the strategy interference_aware, or advice.parquet to `workbench select --advice`."
+        f"layer to train by that. {_followed(run)}"
     )
     return Section("", "", about, [panel], run.advice, "advice.parquet")
 
 
+def _levels(table: pd.DataFrame) -> list[str]:
+    """What has to be said of the levels of some measures: where harm lies below, and where no pair is judged."""
+    names = [str(name) for name in table["metric"].unique() if name in METRICS]
+    below = [name for name in names if METRICS[name].harmful < 0]
+    unjudged = [name for name in names if "level" in table and table.loc[table["metric"] == name, "level"].isna().all()]
+    told = (
+        f"Of {listed(below)}, low values are the harmful ones: a pair collides below the level, and chance, of the "
+        "largest value, is the harmless end.",
+        f"The pairs of {listed(unjudged)} are not judged, for that takes 19 draws (interference.draws).",
+    )
+    return [sentence for sentence, said in zip(told, (below, unjudged), strict=True) if said]
+
+
+def _followed(run: Artefacts) -> str:
+    """Say which methods train what is advised, or how to have it trained."""
+    names = [method for method, chosen in run.selections.items() if isinstance(chosen.origin.get("quota"), dict)]
+    if names:
+        return f"{listed([figures.method_name(name) for name in names])} of this run trained what is advised."
+    return (
+        "Nothing in this run follows the advice: for LoKI to follow it, give the strategy interference_aware "
+        "(selection.strategy, or `workbench select --strategy interference_aware --advice advice.parquet`)."
+    )
+
+
 def about_prediction(predicted: Mapping[str, Any]) -> list[str]:
-    """Say which measure to trust, over how many facts, and how many of them were learnt."""
+    """Say which measure to trust, over how many facts, and how many of them the learning left probable."""
     if not predicted:
         return []
-    rests = f"This rests on {number(predicted['n_facts'])} facts, of which {percent(predicted['learnt'])} were learnt."
+    facts, share = number(predicted["n_facts"]), percent(predicted["learnt"])
+    rests = f"This rests on {facts} facts; after being learnt, {share} of them were more than half probable."
     return [str(predicted["verdict"]), rests]
 
 

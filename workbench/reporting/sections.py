@@ -13,7 +13,8 @@ from workbench.reporting import findings, tables
 from workbench.reporting.artefacts import Artefacts, has
 from workbench.reporting.collisions import advice, measures, prediction
 from workbench.reporting.parts import Panel, Picker, Section
-from workbench.reporting.words import number
+from workbench.reporting.words import listed, number
+from workbench.selection import COLLISIONS, OVERLAPS
 
 
 def sections(run: Artefacts) -> list[Section]:
@@ -80,7 +81,9 @@ def _units(run: Artefacts, most: int = 400) -> Section:
 
 
 def _overlap(run: Artefacts) -> Section:
-    metric = _metric(run)
+    metric = _overlap_metric(run)
+    if metric is None:
+        return _without_overlap(run)
     overlap = tables.overlap_layers(run.interference, metric)
     layers = [str(layer) for layer in overlap["layer"].values]
     drawn = [_json(figures.overlap_map(overlap, layer)) for layer in layers]
@@ -89,7 +92,7 @@ def _overlap(run: Artefacts) -> Section:
     panel = Panel("overlap", "Overlap of each pair of facts", drawn[0], findings.about_pairs(pairs), picker)
     total, shown = run.interference.sizes["fact"], overlap.sizes["fact"]
     about = (
-        f"Overlap is the {metric} of the two facts' |score| in a layer: bright pairs lean on the same units. "
+        f"Overlap is {OVERLAP_WORDS[metric]}: bright pairs lean on the same units. "
         "The colours span the values of the chosen layer."
     )
     if shown < total:
@@ -98,7 +101,10 @@ def _overlap(run: Artefacts) -> Section:
 
 
 def _relations(run: Artefacts) -> Section:
-    table = tables.within_across(run.interference, _metric(run))
+    metric = _overlap_metric(run)
+    if metric is None:
+        return _without_overlap(run)
+    table = tables.within_across(run.interference, metric)
     text = findings.about_relations(table, tables.related_pairs(run.interference))
     drawn = _json(figures.within_across(table))
     panel = Panel("relations", "Overlap within and across relations, per layer", drawn, text)
@@ -203,13 +209,17 @@ BUILDERS: tuple[tuple[Callable[[Artefacts], Section], str, tuple[str, ...]], ...
     (_drift, "Drift", ("drift",)),
     (_forgetting, "Forgetting compared", ("forgetting",)),
 )
+OVERLAP_WORDS = {
+    "cosine": "the cosine of the two facts' |score| in a layer",
+    "jaccard": "the share of the two facts' top units in a layer that both have",
+}
 WORDS = {
     "recall": "recall",
     "attribution": "attribution",
     "facts": "facts",
     "interference": "interference",
     "prediction": "prediction of harm (interference.harm)",
-    "advice": "advice on layers",
+    "advice": f"advice on layers (which takes one of {', '.join(COLLISIONS)})",
     "selections": "selection",
     "history": "training history",
     "drift": "drift",
@@ -269,6 +279,15 @@ def _method(run: Artefacts) -> str:
     return (f"Scores: {', '.join(known)}." if known else "") + part
 
 
-def _metric(run: Artefacts) -> str:
-    names = [str(name) for name in np.atleast_1d(run.interference["metric"].values)]
-    return "cosine" if "cosine" in names else names[0]
+def _metrics(run: Artefacts) -> list[str]:
+    return [str(name) for name in np.atleast_1d(run.interference["metric"].values)]
+
+
+def _overlap_metric(run: Artefacts) -> str | None:
+    """The measure that says how far two facts share units; None where only others were measured."""
+    return next((name for name in OVERLAPS if name in _metrics(run)), None)
+
+
+def _without_overlap(run: Artefacts) -> Section:
+    told = f"Shared units are told by {' or '.join(OVERLAPS)}, and this run measured {listed(_metrics(run))} alone."
+    return Section("", "", "", absent=told)

@@ -31,6 +31,7 @@ WEIGHTS: dict[str, float] = {"collision": 1.0, "load": 1.0, "new": 1.0}
 #: each with the sign of harm.
 OVERLAPS = ("cosine", "jaccard")
 CONFLICT = "gradient"
+COLLISIONS = (*OVERLAPS, CONFLICT)
 
 
 class Evidence(NamedTuple):
