@@ -12,10 +12,11 @@ from safetensors import safe_open
 from tiny import FACTS, inputs_of_a_run
 
 import workbench as wb
-from workbench import pipeline
 from workbench.config import Config
 from workbench.facts import FactSet
-from workbench.learning import verdict
+from workbench.interfere import cross
+from workbench.learning import quotas, verdict
+from workbench.pipeline import way as pipeline
 from workbench.results import load_frame, open_result
 from workbench.selection import Selection
 
@@ -128,15 +129,52 @@ def test_baselines_train_the_layers_that_loki_trains(inputs, tmp_path) -> None:
     assert changed == {"model.layers.1.mlp.down_proj.weight"}
 
 
-def test_a_selection_that_knows_interference_reads_that_of_the_run(inputs, tmp_path) -> None:
+def test_a_selection_follows_the_advice_and_a_killed_suppression_goes_on(inputs, tmp_path, monkeypatch) -> None:
     changes = {"selection.strategy": "interference_aware", "methods": ("loki",), "training.max_epochs": 1}
-    folder = wb.run(config(inputs, tmp_path / "aware", **changes), progress=False).path
-    scores, found = (open_result(folder / f"{name}.zarr") for name in ("attribution", "interference"))
-    options = {"quota": 25, "score": "magnitude"}
-    expected = wb.select(scores, strategy="interference_aware", interference=found, **options)
+    layers = {"selection.layers": (2, 0)}
+    folder = wb.run(config(inputs, tmp_path / "aware", **changes, **layers), progress=False).path
+    names = ("attribution", "interference", "attribution_new")
+    scores, found, new = (open_result(folder / f"{name}.zarr") for name in names)
+    advice = wb.layer_advice(found.sel(layer=[0, 2]), new=new, quota=25)
+    assert list(advice["layer"]) == [0, 2]
+    among = {"interference": found, "new": new, "layers": [0, 2], "score": "magnitude"}
+    expected = wb.select(scores, strategy="interference_aware", quota=quotas(advice, 32), **among)
     chosen = Selection.load(folder / "selection/loki.json").positions()
     assert chosen == expected.positions()
-    assert chosen != wb.select(scores, **options).positions()
+    assert [len(rows) for rows in chosen] == [advice["budget"][0], 0, advice["budget"][1]]
+    assert chosen != wb.select(scores, quota=25, layers=[0, 2], score="magnitude").positions()
+    assert "LoKI of this run trained what is advised" in (folder / "report.html").read_text(encoding="utf-8")
+
+    settings = {"methods": [], "interference.metrics": ["suppression"], "interference.draws": 2, "interference.top": 10}
+    asked = config(inputs, folder, **settings)
+    for patched, name in ((pipeline, "save_result"), (cross, "_drops")):
+        assert (folder / "interference.parts").is_dir() == (patched is cross)
+        with monkeypatch.context() as patch:
+            patch.setattr(patched, name, lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+            if patched is pipeline:
+                with pytest.raises(KeyboardInterrupt):
+                    wb.run(asked, progress=False)
+            else:
+                wb.run(asked, progress=False)  # reads what is kept
+    assert not (folder / "interference.parts").exists()
+    found = open_result(folder / "interference.zarr")
+    assert (found.attrs["top_percent"], found.attrs["unit_draws"]) == (10, {"suppression": 2})
+    page = html.unescape((folder / "report.html").read_text(encoding="utf-8"))
+    for text in ("no drift, so", "no forgetting, so", "no advice on layers", "this run measured suppression alone"):
+        assert text in page
+
+
+def test_too_few_known_facts_for_harm_are_refused_before_they_are_attributed(inputs, tmp_path) -> None:
+    facts = wb.load_facts(inputs["retained"])
+    known = [fact.id for fact in facts if fact.answer_in_prompt]
+    others = [fact.id for fact in facts if fact.id not in known]
+    few = facts.filter(ids=[*known[:8], *others]).save(tmp_path / "few.jsonl")
+    taught = FACTS.filter(ids=list(FACTS.ids)[:3]).save(tmp_path / "taught.jsonl")
+    changes = {"retained": str(few), "implanted": str(taught), "methods": [], "interference.harm": True}
+    with pytest.raises(ValueError, match=r"no more than 7: raise attribution\.max_facts"):
+        wb.run(config(inputs, tmp_path / "run", **changes), progress=False)
+    assert (tmp_path / "run/recall.parquet").is_file()
+    assert not (tmp_path / "run/attribution.zarr").exists()
 
 
 def test_a_page_on_interference_alone(finished: Path, inputs, tmp_path, monkeypatch) -> None:
@@ -213,6 +251,12 @@ def test_a_changed_setting_redoes_what_depends_on_it(inputs: dict[str, str], tmp
         ({"methods": ["magic"]}, "methods knows loki"),
         ({"methods": ["lora", "lora"]}, "list of different names"),
         ({"interference.metrics": ["magic"]}, "There is no measure 'magic'"),
+        ({"interference.top": 0}, "'interference.top' does not fit"),
+        ({"interference.harm": True, "attribution.max_facts": 3}, "at least 8 attributed facts, .* no more than 6"),
+        (
+            {"selection.strategy": "interference_aware", "interference.metrics": ["superposition"]},
+            "reads cosine, jaccard, gradient: have one",
+        ),
         ({"selection.quota": 0}, "'selection.quota' does not fit"),
         ({"selection.strategy": "best"}, "strategy must be one of"),
         ({"selection.strategy": "per_layer_budget"}, "strategy must be one of"),

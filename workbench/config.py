@@ -34,13 +34,18 @@ class InterferenceConfig(_Section):
     metrics: tuple[str, ...] = Field(
         ("cosine", "jaccard"), description="measures: cosine, jaccard, superposition, gradient, suppression"
     )
+    top: float = Field(1.0, gt=0, le=100, description="top units of jaccard and suppression, in percent of a layer's")
+    draws: int = Field(1, ge=1, description="of random units for suppression; 19 judge its pairs, at 7 times the cost")
     harm: bool = Field(False, description="learn every attributed fact alone, and say which measure predicts its harm")
 
 
 class SelectionConfig(_Section):
     """Which units are trained."""
 
-    strategy: str = Field("layer_balanced", description="layer_balanced, global_lowest, global_highest or random")
+    strategy: str = Field(
+        "layer_balanced",
+        description="layer_balanced, interference_aware (follows the advice), global_lowest, global_highest or random",
+    )
     quota: float = Field(10.0, gt=0, lt=100, description="share of the units that is trained, in percent")
     score: Literal["signed", "magnitude"] = Field("magnitude", description="rank by score or by its absolute value")
     layers: tuple[int, ...] | None = Field(None, description="only these layers; all when not given")

@@ -22,6 +22,9 @@ def foresee(
     *,
     out: str | Path,
     metrics: Sequence[str] = ("cosine", "jaccard"),
+    top: float = 1.0,
+    draws: int = 1,
+    parts: str | Path | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -32,13 +35,13 @@ def foresee(
         facts: at least 8.
         attributions: results of `attribute` that hold them, each fact in one, with the same settings.
         out: where the result of `harm` is kept while it is made; a second call goes on there.
-        metrics: of `interference`.
+        metrics, top, draws, parts: of `interference`.
         seed: of all draws.
         progress: show progress bars.
 
     Returns:
-        The table of `predicts`; and the verdict, the number of facts, the share that was learnt and the rate as plain
-        values.
+        The table of `predicts`; and as plain values the verdict, the number of facts, the share `learnt` that is more
+        than half probable after being learnt, and the rate.
 
     Raises:
         ValueError: fewer than 8 facts, or what `interference` and `harm` refuse.
@@ -48,7 +51,8 @@ def foresee(
         attributions, dim="fact", data_vars="minimal", coords="minimal", compat="override", join="exact",
         combine_attrs="override",
     ).sel(fact=list(facts.ids))  # fmt: skip
-    measured = interference(model, facts, scores, metrics=metrics, seed=seed, progress=progress)
+    how: dict[str, Any] = {"metrics": metrics, "top": top, "draws": draws, "parts": parts, "seed": seed}
+    measured = interference(model, facts, scores, **how, progress=progress)
     harmed = harm(model, facts, out=out, progress=progress)
     frame = predicts(measured, harmed, seed=seed)
     learnt = float((harmed["reached"] > 0.5).mean())

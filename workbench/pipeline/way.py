@@ -2,8 +2,10 @@
 
 import logging
 import shlex
+import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -11,15 +13,16 @@ from typing import Any
 
 import pandas as pd
 
-from workbench.attribution import attribute, checked_settings
+from workbench.attribution import attribute
 from workbench.config import Config
 from workbench.facts import FactSet, general_text, load_facts
 from workbench.forgetting import measure_forgetting, neighbourhood_as_before
-from workbench.interfere import checked_metrics, interference
-from workbench.learning import foresee, layer_advice
-from workbench.loki import BASELINES, METHODS, adapter_for, check_method
+from workbench.interfere import interference
+from workbench.learning import foresee, layer_advice, quotas
+from workbench.loki import METHODS, adapter_for, check_method
 from workbench.models import HookedModel, load_model
 from workbench.opening import open_model
+from workbench.pipeline.checks import LOKI_METHODS, check, check_harm, check_selection, is_advised, reads_advice
 from workbench.recollection import recall, text_chunks
 from workbench.reporting import report
 from workbench.results import (
@@ -32,21 +35,11 @@ from workbench.results import (
     save_json,
     save_result,
 )
-from workbench.selection import READ_INTERFERENCE, Selection, check_choice, select
+from workbench.selection import Selection, select
 from workbench.semantics import measure_drift
 from workbench.training import held_out_prompts, implant
 
 log = logging.getLogger(__name__)
-
-#: What each LoKI method changes in the selection of the configuration.
-LOKI_METHODS: dict[str, dict[str, Any]] = {
-    "loki": {},
-    "loki_random": {"strategy": "random"},
-    "loki_signed": {"score": "signed"},
-    "loki_magnitude": {"score": "magnitude"},
-    "loki_highest": {"strategy": "global_highest"},
-    "loki_lowest": {"strategy": "global_lowest"},
-}
 
 
 @dataclass(frozen=True)
@@ -92,21 +85,6 @@ def run(config: Config | str | Path, *, progress: bool = True) -> RunDir:
     return folder
 
 
-def check(config: Config) -> None:
-    """Raise for every setting that can be known to be wrong before anything is loaded."""
-    for method in config.methods:
-        if method not in LOKI_METHODS and method not in BASELINES:
-            raise ValueError(f"methods knows {', '.join([*LOKI_METHODS, *BASELINES])}, not {method!r}.")
-    check_choice(config.selection.strategy, config.selection.quota)
-    out = Path(config.out)
-    if out.exists() and not (out.is_dir() and ((out / "stages").is_dir() or not any(out.iterdir()))):
-        raise ValueError(f"{out} holds something that is not a run; give another folder as out.")
-    a = config.attribution
-    checked_settings(a.method, a.unit, a.steps, a.rule, a.baseline, a.scope, a.objective, a.target)
-    checked_metrics(config.interference.metrics)
-    general_text(config.evaluation.general)
-
-
 class _Way:
     """The stages of one run, and what they share; everything is opened when it is first needed."""
 
@@ -114,17 +92,14 @@ class _Way:
         self.config, self.folder, self.progress = config, folder, progress
         self.retained = load_facts(config.retained)
         self.implanted = load_facts(config.implanted)
+        self._check_harm(self.retained)
         self.model: HookedModel = load_model(config.model, device=config.device, dtype=config.dtype)
         for facts in (self.retained, self.implanted):
             self.model.tokenise(facts)
-        self.measured: dict[str, Any] = {
-            "metrics": config.interference.metrics,
-            "seed": config.seed,
-            "progress": progress,
-        }
+        self.measured: dict[str, Any] = config.interference.model_dump(exclude={"harm"}) | {"seed": config.seed}
         self.general = general_text(config.evaluation.general)
         text_chunks(self.model, self.general, max_tokens=config.evaluation.general_tokens)
-        self._check_selection()
+        check_selection(config, self.model)
 
     def stages(self) -> Iterator[Stage]:
         """All stages in order; a key is made when its turn comes, from what lies in the folder by then."""
@@ -136,20 +111,23 @@ class _Way:
         yield Stage("recall_new", new, ("recall_new.parquet",), self._recall_new)
         attributed = {**known, **config.attribution.model_dump(), "seed": config.seed}
         yield Stage("attribution", attributed, ("attribution.zarr", "facts/retained.jsonl"), self._attribute)
-        among = {**attributed, "metrics": config.interference.metrics}
+        among = {**attributed, "interference": self.measured}
         yield Stage("interference", among, ("interference.zarr",), self._interfere)
         both = {**among, **new}
-        yield Stage("attribution_new", {**attributed, **new}, ("attribution_new.zarr",), self._attribute_new)
-        yield Stage("advice", {**both, "quota": config.selection.quota}, ("advice.parquet",), self._advise)
+        if is_advised(config) or config.interference.harm:
+            yield Stage("attribution_new", {**attributed, **new}, ("attribution_new.zarr",), self._attribute_new)
+        if is_advised(config):
+            trainable = {name: getattr(config.selection, name) for name in ("quota", "layers")}
+            yield Stage("advice", {**both, **trainable}, ("advice.parquet",), self._advise)
         if config.interference.harm:
             yield Stage("prediction", both, ("prediction.parquet", "prediction.json"), self._predict)
         trained: dict[str, Any] = {}
         for method in config.methods:
             if method in LOKI_METHODS:
-                chosen, work = self._chosen(method, among), partial(self._select, method)
+                chosen, work = self._chosen(method, both), partial(self._select, method)
                 yield Stage(f"selection-{method}", chosen, (f"selection/{method}.json",), work)
         for method in config.methods:
-            chosen = self._chosen(method, among) if method in LOKI_METHODS else self._restricted()
+            chosen = self._chosen(method, both) if method in LOKI_METHODS else self._restricted()
             trained[method] = {**new, "selection": chosen, "training": config.training.model_dump()}
             files = tuple(f"implant/{method}/{name}" for name in ("adapter", "history.parquet", "training.json"))
             yield Stage(f"implant-{method}", trained[method], files, partial(self._implant, method))
@@ -208,6 +186,7 @@ class _Way:
         self.implanted.save(self.folder.file("facts/implanted.jsonl"))
 
     def _attribute(self) -> None:
+        self._check_harm(self.known)
         self.attributed.save(self.folder.file("facts/retained.jsonl"))
         self._score("attribution", self.attributed)
 
@@ -220,14 +199,39 @@ class _Way:
         self.folder.begin(name, {**settings, "facts": facts.digest, "model": self.model.digest}, out)
         attribute(self.model, facts, **settings, out=out, progress=self.progress)
 
+    def _check_harm(self, known: FactSet) -> None:
+        """Raise if too few facts would be attributed, of these known ones and the new ones, for what harm is to say."""
+        most = self.config.attribution.max_facts
+        drawn = known.apart(len(known) if most is None else most, self.config.seed)[0]
+        check_harm(self.config, len({*drawn.ids, *self.new.ids}))
+
     def _interfere(self) -> None:
+        self._check_harm(self.known)
         scores = open_result(self.folder.file("attribution.zarr"))
-        found = interference(self.model, self.attributed, scores, **self.measured)
-        save_result(found, self.folder.file("interference.zarr"), kind="interference")
+        with self._unfinished("interference", self.attributed) as parts:
+            found = interference(
+                self.model, self.attributed, scores, **self.measured, parts=parts, progress=self.progress
+            )
+            save_result(found, self.folder.file("interference.zarr"), kind="interference")
+
+    @contextmanager
+    def _unfinished(self, name: str, facts: FactSet) -> Iterator[Path | None]:
+        """A folder for the readings of suppression while they are made, of the same settings; gone after success."""
+        if "suppression" not in self.measured["metrics"]:
+            yield None
+            return
+        out = self.folder.file(f"{name}.parts")
+        settings = {**self.config.attribution.model_dump(), "interference": self.measured}
+        self.folder.begin(f"{name}-parts", {**settings, "facts": facts.digest, "model": self.model.digest}, out)
+        yield out
+        shutil.rmtree(out, ignore_errors=True)
 
     def _advise(self) -> None:
         found, new = (open_result(self.folder.file(f"{name}.zarr")) for name in ("interference", "attribution_new"))
-        frame = layer_advice(found, new=new, quota=self.config.selection.quota, seed=self.config.seed)
+        chosen = self.config.selection
+        if chosen.layers is not None:
+            found = found.sel(layer=sorted(set(chosen.layers)))
+        frame = layer_advice(found, new=new, quota=chosen.quota, seed=self.config.seed)
         save_frame(frame, self.folder.file("advice.parquet"))
 
     def _predict(self) -> None:
@@ -237,25 +241,31 @@ class _Way:
         scores[1] = scores[1].sel(fact=[fact.id for fact in facts if fact.id not in known])
         out, key = self.folder.file("harm.zarr"), {"facts": facts.digest, "model": self.model.digest}
         self.folder.begin("harm", key, out)
-        frame, about = foresee(self.model, facts, scores, out=out, **self.measured)
-        save_frame(frame, self.folder.file("prediction.parquet"))
-        save_json(about, self.folder.file("prediction.json"))
+        with self._unfinished("prediction", facts) as parts:
+            frame, about = foresee(
+                self.model, facts, scores, out=out, **self.measured, parts=parts, progress=self.progress
+            )
+            save_frame(frame, self.folder.file("prediction.parquet"))
+            save_json(about, self.folder.file("prediction.json"))
 
     def _selection(self, method: str) -> dict[str, Any]:
         """Arguments of `select` for a LoKI method."""
         return {**self.config.selection.model_dump(), "seed": self.config.seed, **LOKI_METHODS[method]}
 
-    def _chosen(self, method: str, among: dict[str, Any]) -> dict[str, Any]:
-        """What a selection depends on: the measures of interference only where its strategy reads them."""
-        settings = self._selection(method)
-        apart = set() if settings["strategy"] in READ_INTERFERENCE else {"metrics"}
-        return {name: value for name, value in among.items() if name not in apart} | settings
+    def _chosen(self, method: str, both: dict[str, Any]) -> dict[str, Any]:
+        """What a selection depends on: interference and new facts only where its strategy follows the advice."""
+        apart = set() if reads_advice(self.config, method) else {"interference", "implanted"}
+        return {name: value for name, value in both.items() if name not in apart} | self._selection(method)
 
     def _select(self, method: str) -> None:
         scores = open_result(self.folder.file("attribution.zarr"))
         settings = self._selection(method)
-        if settings["strategy"] in READ_INTERFERENCE:
-            settings["interference"] = open_result(self.folder.file("interference.zarr"))
+        if reads_advice(self.config, method):
+            read = {"interference": "interference.zarr", "new": "attribution_new.zarr"}
+            settings |= {name: open_result(self.folder.file(file)) for name, file in read.items()}
+            advice, width = load_frame(self.folder.file("advice.parquet")), scores.sizes["unit"]
+            advice["budget"] = advice["budget"].clip(upper=width - 1)  # a percentage stays below 100
+            settings["quota"] = quotas(advice, width)
         select(scores, **settings).save(self.folder.file(f"selection/{method}.json"))
 
     def _layers(self) -> list[int]:
@@ -304,16 +314,6 @@ class _Way:
             self.model, self.trained, suites, max_tokens=self.config.evaluation.general_tokens, progress=self.progress
         )
         save_frame(frame, self.folder.file("forgetting.parquet"))
-
-    def _check_selection(self) -> None:
-        """Raise if the quota or the layers do not fit the model, which is known only when it is open."""
-        chosen, width = self.config.selection, self.model.width(self.config.attribution.unit)
-        check_choice(chosen.strategy, chosen.quota, width)
-        beyond = [layer for layer in chosen.layers or () if not 0 <= layer < self.model.n_layers]
-        if beyond:
-            raise ValueError(
-                f"selection.layers has {beyond[0]}, but the model has layers 0 to {self.model.n_layers - 1}."
-            )
 
     def _report(self) -> None:
         report(self.folder.path)
