@@ -101,9 +101,10 @@ def test_a_watched_fine_tune_ends_within_its_bound(inputs, tmp_path) -> None:
 
 
 def test_nothing_known_is_nothing_to_watch(inputs, tmp_path) -> None:
+    unknown = str(FACTS.filter(ids=["france", "kenya"]).save(tmp_path / "unknown.jsonl"))
     for bounds in ({"watch": 0.1}, {"watch_drift": 1.0}):
         with pytest.raises(ValueError, match="nothing to watch; give other retained facts, or leave watch and"):
-            finetune(asked(inputs, method="lora", retained=inputs["facts"], **bounds), tmp_path / "run", progress=False)
+            finetune(asked(inputs, method="lora", retained=unknown, **bounds), tmp_path / "run", progress=False)
         assert not (tmp_path / "run/adapter").exists()
         shutil.rmtree(tmp_path / "run")
 
