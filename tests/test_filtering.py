@@ -184,6 +184,12 @@ def test_targets_are_mean_embeddings_of_the_answer() -> None:
     assert len(filter_facts(d, rule="near_diverse", keep=3, facts=FACTS, embeddings=rows)) == 3
 
 
+def test_numbers_of_numpy_are_shares_and_counts_as_pythons_are() -> None:
+    d = dict.fromkeys(FACTS.ids, 0.5)
+    for keep, size in ((np.float32(0.5), 4), (np.float16(1), 8), (np.int64(3), 3)):
+        assert len(filter_facts(d, rule="spread", keep=keep, facts=FACTS)) == size
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -191,7 +197,9 @@ def test_targets_are_mean_embeddings_of_the_answer() -> None:
         ({"keep": 0}, "a number of facts from 1 on, not 0"),
         ({"keep": 5}, "keep=5 does not fit"),
         ({"keep": 1.5}, r"keep=1.5 is no share"),
+        ({"keep": np.float32(1.5)}, r"keep=1.5 is no share"),
         ({"keep": True}, "a share or a count"),
+        ({"keep": "half"}, "a share or a count of the facts, got 'half'"),
         ({"weight": -1.0}, "at least 0"),
         ({"metric": "d_emb"}, "has no metrics"),
         ({"rule": "near_diverse"}, "needs embeddings"),

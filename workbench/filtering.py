@@ -211,7 +211,7 @@ def check_options(rule: str, keep: float | int, weight: float | int = 1.0, low: 
         raise ValueError(f"weight must be a finite number of at least 0, got {weight}.")
     if low is not None and not 0 <= low < 1:
         raise ValueError(f"low is a quantile, from 0 to below 1, got {low}.")
-    if isinstance(keep, float):
+    if isinstance(keep, bool) or not isinstance(keep, (int, np.integer)):
         _count(keep, 1)
     elif keep < 1:
         raise ValueError(f"keep is a share, or a number of facts from 1 on, not {keep}.")
