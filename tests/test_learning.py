@@ -1,6 +1,7 @@
 """Learning by gradient descent: against torch's own optimiser, restored to the bit, and alone against together."""
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from tiny import FACTS, random_model, tiny, tokenizer
 from workbench.intervals import jackknifed
 from workbench.learning import averages, behaviour, effective_rank, harm, learner, learnt, natural_rate
 from workbench.learning.learner import gradients, unlocked
-from workbench.learning.together import Read, _per_fact, _per_layer, _without_each, suppression
+from workbench.learning.together import Read, _against_shuffled, _per_fact, _per_layer, _without_each, suppression
 from workbench.models import HookedModel, load_model
 from workbench.results import open_result, save_result, validate_harm
 from workbench.selection import Selection
@@ -303,6 +304,9 @@ def test_behaviour_equals_its_definitions_on_plain_models(kind: str) -> None:
             assert per_layer[name][layer] == pytest.approx(float((-(share * share.log()).sum()).exp()), abs=1e-6)
     assert (per_layer["low"] <= per_layer["suppression"]).all()
     assert (per_layer["suppression"] <= per_layer["high"]).all()
+    assert (per_layer["null_low"] <= per_layer["null_high"]).all()
+    assert (per_layer["q_value"] >= per_layer["p_value"]).all()
+    assert (per_layer.attrs["permutations"], per_layer.attrs["seed"]) == (999, 0)
     assert per_fact["interference"].abs().max() > 0.01  # together is not alone
     table = averages(per_fact).set_index("metric")
     assert table.loc["interference", "mean"] == pytest.approx(per_fact["interference"].mean())
@@ -315,6 +319,49 @@ def test_layers_that_do_not_move_have_no_suppression() -> None:
     assert per_layer["suppression"].isna().tolist() == [True, False, False]
     assert per_layer["low"].isna().tolist() == [True, False, False]
     assert per_layer["rank_alone"].tolist()[0] == 0
+
+
+def movements(layers: int, n: int = 12, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Alone and together, each with what all facts share and noise of each fact's own, which the other lacks."""
+    generator = torch.Generator().manual_seed(seed)
+    shared, *own = (torch.randn(layers, k, 8, generator=generator, dtype=torch.float64) for k in (1, n, n))
+    return shared + own[0], shared + own[1] * torch.arange(1, n + 1)[:, None] / n
+
+
+def test_the_null_of_suppression_is_a_literal_loop_over_shuffled_facts() -> None:
+    alone, joint = movements(2, n=5, seed=1)
+    alone[0] = 0
+    frame = _per_layer(alone, joint, 50, 3)
+    missing = frame.loc[0, ["suppression", "null_low", "null_high", "p_value", "q_value"]]
+    assert missing.isna().all()
+    generator = np.random.default_rng(3)
+    square = sum(float(f @ f) for f in alone[1])
+
+    def of(order: Sequence[int]) -> float:
+        return 1 - sum(float(alone[1, i] @ joint[1, order[i]]) for i in range(5)) / square
+
+    null = [of(generator.permutation(5)) for _ in range(50)]
+    centre = np.mean([of([(i + by) % 5 for i in range(5)]) for by in range(5)])  # every pair of facts once
+    extreme = sum(abs(value - centre) >= abs(of(range(5)) - centre) - 1e-9 for value in null)
+    assert frame.loc[1, "suppression"] == pytest.approx(of(range(5)))
+    assert frame.loc[1, ["null_low", "null_high"]].tolist() == pytest.approx(np.quantile(null, [0.025, 0.975]).tolist())
+    assert frame.loc[1, "p_value"] == frame.loc[1, "q_value"] == pytest.approx((1 + extreme) / 51)
+    with pytest.raises(ValueError, match=r"a whole number, not 1\.5"):
+        behaviour(tiny("llama"), FEW, rate=0.01, steps=1, permutations=1.5, progress=False)
+
+
+def test_what_is_left_of_a_facts_own_learning_is_called_where_it_is_planted_only() -> None:
+    """Of 400 layers at 0.05 about 20 are called; more than 34 or fewer than 8 has a chance below 0.002."""
+    p = _against_shuffled(*movements(400), 199, 0)[:, 2]
+    assert 8 <= (p <= 0.05).sum() <= 34
+    assert 0.45 < p.mean() < 0.55
+    alone, joint = movements(20, seed=2)
+    joint[7] += alone[7]  # learnt together as alone
+    joint[11] -= alone[11]  # turned against
+    frame = _per_layer(alone, joint)
+    assert frame.index[frame["q_value"] <= 0.05].tolist() == [7, 11]
+    assert frame.loc[7, "suppression"] < frame.loc[7, "null_low"]
+    assert frame.loc[11, "suppression"] > frame.loc[11, "null_high"]
 
 
 def test_suppression_and_expression_by_hand() -> None:

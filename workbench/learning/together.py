@@ -1,6 +1,7 @@
 """Learning a fact alone against learning it together with others, at the same exposures: `behaviour`."""
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from workbench.facts import FactSet, TokenisedFact
-from workbench.intervals import interval, jackknifed, ratio_of_sums
+from workbench.intervals import benjamini_hochberg, interval, jackknifed, ratio_of_sums
 from workbench.learning.learner import STEPS, check_learning, learnt, natural_rate
 from workbench.models import HookedModel, pad_batch
 from workbench.recollection import read_facts
@@ -34,6 +35,8 @@ def behaviour(
     rate: float | None = None,
     layers: Sequence[int] | None = None,
     selection: Selection | None = None,
+    permutations: int = 999,
+    seed: int = 0,
     progress: bool = True,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Compare what facts become when each is learnt alone and when all are learnt together, seen equally often.
@@ -47,19 +50,30 @@ def behaviour(
     - suppression, per layer, `1 - <h(joint) - h0, f> / |f|^2`: 0 is undisturbed, 1 nothing left of f;
     - effective rank, per layer, of the stacked h - h0 of all facts (see `effective_rank`), joint against alone.
 
+    The null of suppression pairs the f of every fact with the h(joint) - h0 of another, drawn by `seed` in
+    `permutations` shuffles that all layers share: what is left of f beyond what facts learnt together share with any
+    fact. The p-value is two-sided, by the distance from the mean over all pairings: little suppression is learning that
+    stays a fact's own, much is learning that the others turn against; Benjamini-Hochberg over the layers gives q.
+
+    These are two frames and no measure of `interference`, because nothing here is of a pair: a fact is learnt alone or
+    with all others, so there is no (fact, other) matrix for that dataset to hold, and it is what a model becomes, not
+    what it is. What each fact does to each other is `harm`.
+
     Returns:
         A frame per fact (fact, relation, logprob_before, logprob_alone, logprob_joint, interference, margin_before,
         margin_alone, margin_joint, expression, suppression: the mean over layers, moved: the mean over layers of |f|^2)
         and one per layer (layer, suppression, low, high: 1 - sum <h(joint) - h0, f> / sum |f|^2 over facts, so that
-        what hardly moved counts for little, and its 95% interval over facts; rank_alone, rank_joint, rank_change,
-        rank_low, rank_high: interval of the change, from the jackknife over facts). NaN where learning alone moved
-        nothing, as below the first layer that learns. `averages` sums up the first frame. The model stays as it was,
-        to the bit.
+        what hardly moved counts for little, and its 95% interval over facts; null_low, null_high: the central 95% of
+        the null; p_value, q_value; rank_alone, rank_joint, rank_change, rank_low, rank_high: interval of the change,
+        from the jackknife over facts). NaN where learning alone moved nothing, as below the first layer that learns.
+        `averages` sums up the first frame. The model stays as it was, to the bit.
 
     Raises:
         ValueError: settings that do not fit, or a rate at which losses have no end.
     """
     check_learning(steps, rate)
+    if not isinstance(permutations, Integral) or permutations < 1:
+        raise ValueError(f"A null needs at least one permutation, a whole number, not {permutations!r}.")
     tokens = model.tokenise(facts)
     part: dict[str, Any] = {"layers": layers, "selection": selection}
     used = natural_rate(model, tokens, **part) if rate is None else rate
@@ -80,9 +94,9 @@ def behaviour(
     suppressed = suppression(moved_alone, moved_joint)
     moved = torch.einsum("lfd,lfd->lf", moved_alone, moved_alone).mean(0).numpy()
     per_fact = _per_fact(facts, before, alone, joint, suppressed).assign(moved=moved)
-    per_layer = _per_layer(moved_alone, moved_joint)
+    per_layer = _per_layer(moved_alone, moved_joint, permutations, seed)
     for frame in (per_fact, per_layer):
-        frame.attrs |= {"steps": steps, "rate": used}
+        frame.attrs |= {"steps": steps, "rate": used, "permutations": permutations, "seed": seed}
     return per_fact, per_layer
 
 
@@ -171,8 +185,14 @@ def _per_fact(
     )
 
 
-def _per_layer(alone: Float[Tensor, "layer fact d_model"], joint: Float[Tensor, "layer fact d_model"]) -> pd.DataFrame:
+def _per_layer(
+    alone: Float[Tensor, "layer fact d_model"],
+    joint: Float[Tensor, "layer fact d_model"],
+    permutations: int = 999,
+    seed: int = 0,
+) -> pd.DataFrame:
     rows = []
+    null = _against_shuffled(alone, joint, permutations, seed)
     square = torch.einsum("lfd,lfd->lf", alone, alone).numpy()
     along = torch.einsum("lfd,lfd->lf", joint, alone).numpy()
     for layer in range(len(square)):
@@ -180,9 +200,28 @@ def _per_layer(alone: Float[Tensor, "layer fact d_model"], joint: Float[Tensor, 
         ranks = [effective_rank(moved[layer]).item() for moved in (alone, joint)]
         change = ranks[1] - ranks[0]
         low, high = jackknifed(change, _without_each(joint[layer]) - _without_each(alone[layer]))
-        rows.append((layer, value, *ends, *ranks, change, low, high))
-    names = ["layer", "suppression", "low", "high", "rank_alone", "rank_joint", "rank_change", "rank_low", "rank_high"]
-    return pd.DataFrame(rows, columns=names)
+        rows.append((layer, value, *ends, *null[layer], np.nan, *ranks, change, low, high))
+    names = ["layer", "suppression", "low", "high", "null_low", "null_high", "p_value", "q_value", "rank_alone"]
+    frame = pd.DataFrame(rows, columns=[*names, "rank_joint", "rank_change", "rank_low", "rank_high"])
+    return frame.assign(q_value=benjamini_hochberg(frame["p_value"].to_numpy(np.float64)))
+
+
+def _against_shuffled(
+    alone: Float[Tensor, "layer fact d_model"], joint: Float[Tensor, "layer fact d_model"], permutations: int, seed: int
+) -> Float[np.ndarray, "layer number"]:
+    """The central 95% of the suppression of shuffled facts, and the p-value; NaN in layers that learning alone left."""
+    generator, n = np.random.default_rng(seed), alone.shape[1]
+    shuffles = np.stack([np.arange(n), *(generator.permutation(n) for _ in range(permutations))])
+    found = np.full((len(alone), 3), np.nan)
+    for layer, (moved, together) in enumerate(zip(alone, joint, strict=True)):
+        products, square = (moved @ together.T).numpy(), float((moved * moved).sum())
+        if square == 0:
+            continue
+        values = 1 - products[np.arange(n), shuffles].sum(1) / square  # the first is as observed
+        far = np.abs(values - (1 - products.sum() / n / square))
+        rounding = 1e-9 * np.abs(products).sum() / square
+        found[layer] = *np.quantile(values[1:], [0.025, 0.975]), (far >= far[0] - rounding).mean()
+    return found
 
 
 def _without_each(rows: Float[Tensor, "fact d_model"]) -> Float[np.ndarray, " fact"]:
