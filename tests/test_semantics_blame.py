@@ -16,7 +16,16 @@ from workbench import figures
 from workbench.models import HookedModel, load_model
 from workbench.results import save_result
 from workbench.selection import Selection
-from workbench.semantics import attribute_drift, blame, changed_units, drift_shares, elsewhere, reverted, similarity
+from workbench.semantics import (
+    attribute_drift,
+    blame,
+    changed_units,
+    drift_shares,
+    elsewhere,
+    measure_drift,
+    reverted,
+    similarity,
+)
 from workbench.semantics.leaning import matched, sizes
 from workbench.semantics.reverting import changes
 
@@ -84,6 +93,10 @@ def test_all_layers_bring_everything_back_and_outputs_equal_weights(kind: str, u
     whole = frame[(frame["units"] == "trained") & frame["layer"].isna()]
     assert (whole["share"] == 1).all() or whole["share"].to_numpy() == pytest.approx(1, abs=1e-12)
     assert whole[whole["metric"] == "logprob"]["back"].tolist() == whole[whole["metric"] == "logprob"]["drift"].tolist()
+    soft, drifted = whole[whole["metric"] == "d_soft"], measure_drift(first, second, FACTS, metrics=["d_soft"])
+    assert soft["fact"].tolist() == drifted["fact"].tolist()
+    assert soft["drift"].tolist() == soft["back"].tolist() == pytest.approx(drifted["change"].tolist(), abs=1e-12)
+    assert soft["drift"].abs().min() > 1e-4
     leaned = frame[(frame["units"] == "leaned") & (frame["layer"] == 2)]
     assert set(leaned["n_units"]) == {4}
     trained = changed_units(first, second)
@@ -109,7 +122,7 @@ def test_drift_planted_in_one_layer_is_blamed_on_it() -> None:
     other = planted.model(without=[(1, 42), (0, 7)])
     shares = attribute_drift(other, whole, facts).set_index(["fact", "layer", "metric"])["share"]
     for fact, layer in (("Kenya", 1), ("France", 0)):
-        for metric in ("logprob", "state"):
+        for metric in ("logprob", "d_soft", "state"):
             assert shares[fact, layer, metric] == pytest.approx(1, abs=1e-5)
             assert shares[fact, 1 - layer, metric] == pytest.approx(0, abs=1e-5)
     assert attribute_drift(other, whole, facts).attrs["unit"] == "neuron"

@@ -22,6 +22,7 @@ from workbench.opening import check_comparable, hooked_among, open_model
 from workbench.recollection import by_length
 from workbench.results import check_asked, check_made_with
 from workbench.selection import Selection
+from workbench.semantics.distance import soft_of_answers
 from workbench.semantics.leaning import leaned_and_matched, magnitudes, sizes
 from workbench.semantics.reverting import (
     Change,
@@ -38,9 +39,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Place:
-    """Where facts stand: log-probability of the answer (nats), and the last hidden state at the last prompt token."""
+    """Where facts stand: log P(answer) in nats, `d_soft`, and the last hidden state at the last prompt token."""
 
     logprob: Float[Tensor, " fact"]
+    soft: Float[Tensor, " fact"]
     state: Float[Tensor, "fact d_model"]
 
 
@@ -74,10 +76,11 @@ def attribute_drift(
     other weights did (embeddings, attention, up-projections; counted in the log and in `attrs["elsewhere"]`) does not
     come back here.
 
-    Rows of `metric`: with D the drift (after - before) and B what comes back (after - reverted), `logprob` has
-    drift = D, back = B (nats) and share = B/D; `state` (the last hidden state at the last prompt token) has
-    drift = |D|, share = <B, D>/|D|^2 and back = share * drift. Reverting nothing gives 0, reverting every weight that
-    differs 1. The share is missing where the drift is 0; average it with weights |drift|, as `drift_shares` does.
+    Rows of `metric`: with D the drift (after - before) and B what comes back (after - reverted), `logprob` (nats) and
+    `d_soft` (the semantic distance, in the embedding of `before`, as `measure_drift` has it) have drift = D, back = B
+    and share = B/D; `state` (the last hidden state at the last prompt token) has drift = |D|, share = <B, D>/|D|^2 and
+    back = share * drift. Reverting nothing gives 0, reverting every weight that differs 1. The share is missing where
+    the drift is 0; average it with weights |drift|, as `drift_shares` does.
 
     Returns:
         Frame with fact, relation, layer, units, draw, n_units, size (mean over these units), metric, drift, back,
@@ -110,9 +113,8 @@ def attribute_drift(
         log.warning("%d weights beyond these units differ too (%s, ...); they are not reverted.", len(other), other[0])
     size = sizes(second, tokens, by_layer)
     chosen = {} if scores is None else leaned_and_matched(scores, size, by_layer, share, draws, seed)
-    trial = _Trial(
-        first, second, tokens, units, by_layer, size, place_facts(first, tokens), place_facts(second, tokens)
-    )
+    start, end = (place_facts(model, tokens, first.W_E) for model in (first, second))
+    trial = _Trial(first, second, tokens, units, by_layer, size, start, end)
     labels = pd.DataFrame({"fact": facts.ids, "relation": [fact.relation for fact in facts]})
     rows: list[pd.DataFrame] = []
     sets = [*((layer, [layer]) for layer in by_layer), (pd.NA, list(by_layer))]
@@ -156,10 +158,12 @@ def drift_shares(frame: pd.DataFrame, *, draws: int = DRAWS, seed: int = SEED) -
 def place_facts(
     model: HookedModel,
     tokens: Sequence[TokenisedFact],
+    W_E: Float[Tensor, "d_vocab d_embed"],
     around: Callable[[list[int]], AbstractContextManager[None]] = lambda rows: nullcontext(),
 ) -> Place:
-    """Read where every fact stands, each batch inside `around(its facts)`."""
-    found, states = torch.zeros(len(tokens), dtype=torch.float64), torch.zeros(len(tokens), model.d_model)
+    """Read where every fact stands, by the distances of one embedding, each batch inside `around(its facts)`."""
+    found, soft = torch.zeros(2, len(tokens), dtype=torch.float64)
+    states = torch.zeros(len(tokens), model.d_model)
     for indices in by_length([len(fact.ids) for fact in tokens]):
         ids, mask = pad_batch([tokens[i].ids[:-1] for i in indices], side="left")
         lengths = torch.tensor([len(tokens[i].answer_ids) for i in indices])
@@ -175,10 +179,11 @@ def place_facts(
         finally:
             handle.remove()
         states[indices] = kept[0][torch.arange(len(indices)), -lengths].float().cpu()
+        soft[indices] = soft_of_answers(logits, [tokens[i].answer_ids for i in indices], W_E)
         for row, i in enumerate(indices):
             gold = torch.tensor(tokens[i].answer_ids, device=logits.device)
             found[i] = logprob(logits[row, -len(gold) :], gold).double().sum().cpu()
-    return Place(found, states)
+    return Place(found, soft, states)
 
 
 @dataclass(frozen=True)
@@ -198,7 +203,7 @@ class _Trial:
         """All trained units of some layers, reverted in the weights."""
         inside = xr.DataArray(np.isin(np.arange(self.units.n_layers), layers), dims="layer")
         with reverted(self.after, self.before, Selection(self.units.mask & inside, self.units.unit)):
-            found = place_facts(self.after, self.tokens)
+            found = place_facts(self.after, self.tokens, self.before.W_E)
         return self._rows(labels, found, {key: torch.ones_like(self.size[key], dtype=torch.bool) for key in layers})
 
     def partly(self, labels: pd.DataFrame, masks: dict[int, Bool[Tensor, "fact chosen"]]) -> list[pd.DataFrame]:
@@ -207,7 +212,7 @@ class _Trial:
         def around(rows: list[int]) -> AbstractContextManager[None]:
             return partly_reverted(self.after, self.by_layer, {layer: mask[rows] for layer, mask in masks.items()})
 
-        return self._rows(labels, place_facts(self.after, self.tokens, around), masks)
+        return self._rows(labels, place_facts(self.after, self.tokens, self.before.W_E, around), masks)
 
     def _rows(
         self, labels: pd.DataFrame, found: Place, masks: dict[int, Bool[Tensor, "fact chosen"]]
@@ -215,14 +220,19 @@ class _Trial:
         count = torch.stack([mask.sum(1) for mask in masks.values()]).sum(0)
         total = torch.stack([(self.size[layer] * mask).sum(1) for layer, mask in masks.items()]).sum(0)
         labels = labels.assign(n_units=count.numpy(), size=(total / count).double().numpy())
-        drift, back = self.end.logprob - self.start.logprob, self.end.logprob - found.logprob
+        metrics: list[tuple[str, Tensor, Tensor, Tensor]] = []
+        for metric, end, start, now in (
+            ("logprob", self.end.logprob, self.start.logprob, found.logprob),
+            ("d_soft", self.end.soft, self.start.soft, found.soft),
+        ):
+            drift, back = end - start, end - now
+            metrics.append((metric, drift, back, torch.where(drift != 0, back / drift, torch.nan)))
         moved, returned = (self.end.state - place.state for place in (self.start, found))
         length = moved.double().norm(dim=1)
         part = torch.einsum("fd,fd->f", returned.double(), moved.double()) / length**2
-        ratio = torch.where(drift != 0, back / drift, torch.nan)
         return [
             labels.assign(metric=metric, drift=whole.numpy(), back=some.numpy(), share=share.numpy())
-            for metric, whole, some, share in (("logprob", drift, back, ratio), ("state", length, part * length, part))
+            for metric, whole, some, share in (*metrics, ("state", length, part * length, part))
         ]
 
 

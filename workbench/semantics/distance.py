@@ -163,14 +163,24 @@ def soft_distances(
     with tqdm(total=len(tokens), unit="fact", desc="soft distance", disable=not progress) as bar:
         for indices in by_length([len(fact.ids) for fact in tokens]):
             ids, mask = pad_batch([tokens[i].ids[:-1] for i in indices], side="left")
-            lengths = [len(tokens[i].answer_ids) for i in indices]
-            logits = model.logits(ids, mask, last=max(lengths))
-            own = torch.cat([logits[row, -length:] for row, length in enumerate(lengths)])
-            gold = torch.tensor([token for i in indices for token in tokens[i].answer_ids], device=own.device)
-            each = soft_distance(own, gold, W_E.detach().to(own.device)).double().cpu().split(lengths)
-            found[indices] = torch.stack([part.mean() for part in each])
+            answers = [tokens[i].answer_ids for i in indices]
+            logits = model.logits(ids, mask, last=max(map(len, answers)))
+            found[indices] = soft_of_answers(logits, answers, W_E)
             bar.update(len(indices))
     return found
+
+
+def soft_of_answers(
+    logits: Float[Tensor, "fact read d_vocab"],
+    answers: Sequence[tuple[int, ...]],
+    W_E: Float[Tensor, "d_vocab d_embed"],
+) -> Float[Tensor, " fact"]:
+    """`d_soft` of some facts from logits whose last rows are those of each answer's tokens."""
+    lengths = [len(answer) for answer in answers]
+    own = torch.cat([logits[row, -length:] for row, length in enumerate(lengths)])
+    gold = torch.tensor([token for answer in answers for token in answer], device=own.device)
+    each = soft_distance(own, gold, W_E.detach().to(own.device)).double().cpu().split(lengths)
+    return torch.stack([part.mean() for part in each])
 
 
 def distances(said: Said, target: Target | None, metrics: Sequence[str]) -> dict[str, Float[Tensor, "layer fact"]]:
