@@ -3,12 +3,14 @@
 import numpy as np
 import planted
 import pytest
+import torch
 import xarray as xr
 from tiny import FACTS, tiny
 
 from workbench.attribution import attribute
 from workbench.facts import FactSet
-from workbench.interfere import colliding_pairs, cosine, interference, jaccard, top_sets, within_across
+from workbench.interfere import METRICS, colliding_pairs, cosine, interference, jaccard, top_sets, within_across
+from workbench.interfere.nulls import by_chance, chance_level
 from workbench.results import open_result, save_result
 
 
@@ -105,6 +107,57 @@ def test_the_null_of_relations_is_calibrated() -> None:
     p = interference(None, facts, ds, progress=False, permutations=199)["p_value"].sel(metric="cosine").values
     assert (p < 0.05).sum() <= 13  # P(more than 13 of 120 at 5%) = 0.003
     assert 0.35 < p.mean() < 0.65
+
+
+@pytest.mark.parametrize(("unit", "scope"), [("neuron", "last"), ("node", "all")])
+def test_overlaps_are_matched_on_the_activation_that_the_attribution_read(unit: str, scope: str) -> None:
+    """Read by plain hooks, a prompt at a time; by scores only where no model can tell it."""
+    model = tiny("llama")
+    scores = attribute(model, FACTS, method="grad_x_act", unit=unit, scope=scope, progress=False)
+    options = {"metrics": ["cosine", "jaccard"], "permutations": 1, "top": 10, "progress": False}
+    found, by_score = (interference(one, FACTS, scores, **options) for one in (model, None))
+    top = max(1, round(scores.sizes["unit"] / 10))
+    for layer in range(3):
+        read: list[np.ndarray] = []
+        handle = model.down_proj(layer).register_forward_hook(
+            lambda module, args, output, read=read: read.append((args[0] if unit == "neuron" else output)[0].numpy())
+        )
+        with torch.no_grad():
+            for fact in model.tokenise(FACTS):
+                model.hf(torch.tensor([fact.prompt_ids]))
+        handle.remove()
+        rows = [np.abs(one[-1:] if scope == "last" else one).astype(np.float64) for one in read]
+        for place, measure in enumerate((cosine, jaccard)):
+
+            def again(order: np.ndarray, measure=measure, layer=layer) -> np.ndarray:
+                return measure(np.take_along_axis(scores["score"].values[:, layer], order, axis=1), top)
+
+            generator = np.random.default_rng([0, layer])
+            _, matched = by_chance(again, len(FACTS), np.concatenate(rows).mean(0), generator=generator)
+            wanted = chance_level([draw.largest for draw in matched])
+            assert float(found["matched_chance"][place, layer]) == pytest.approx(wanted, rel=1e-5)
+    np.testing.assert_array_equal(found["chance"], by_score["chance"])
+    assert np.abs(found["matched_chance"] - by_score["matched_chance"]).max() > 1e-3
+    where = {"last": "the last prompt token", "all": "every prompt token"}[scope]
+    assert found.attrs["matched_on"] == dict.fromkeys(options["metrics"], f"|activation| at {where}")
+    part = interference(model, FACTS, scores.isel(unit=range(20)), **options)  # not the units of the model
+    for other in (by_score, part):
+        assert other.attrs["matched_on"] == dict.fromkeys(options["metrics"], "|score|")
+
+
+def test_every_measure_says_what_its_units_are_matched_on() -> None:
+    scores = attribute(tiny("gpt2"), FACTS, method="grad_x_act", progress=False)
+    text = ["the capital of France is Paris a city big small opposite hot cold"]
+    found = interference(
+        tiny("gpt2"), FACTS, scores, metrics=list(METRICS), text=text, permutations=1, progress=False
+    ).attrs["matched_on"]
+    assert found == {
+        "cosine": "|activation| at the last prompt token",
+        "jaccard": "|activation| at the last prompt token",
+        "superposition": "|whitened key|",
+        "gradient": "|activation| at every token",
+        "suppression": "|activation| at the last prompt token",
+    }
 
 
 def test_one_relation_has_no_across_and_wrong_inputs_are_refused() -> None:

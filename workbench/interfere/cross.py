@@ -1,6 +1,6 @@
 """Cross-suppression: silence the top units of one fact, and read another."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,7 @@ def suppression(problem: Problem) -> Iterator[Found]:
     check_engine(model)
     room = room_for(model, problem.memory)
     batches = _batches(problem, room)
-    sets = _silenced(problem, _mean_activation(problem, batches, unit))
+    sets = _silenced(problem)
     n_facts = len(problem.tokens)
     n_sets = (2 + problem.draws) * n_facts
     drop = np.zeros((len(layers), n_facts, n_sets), dtype=np.float64)
@@ -62,7 +62,7 @@ def suppression(problem: Problem) -> Iterator[Found]:
                 drop[:, i] = np.array(row["drop"]).reshape(len(layers), -1)
     for place in range(len(layers)):
         own, *shuffled, matched = np.split(drop[place], 2 + problem.draws, axis=1)
-        yield Found(own, [drawn(one) for one in shuffled], [drawn(matched)])
+        yield Found(own, [drawn(one) for one in shuffled], [drawn(matched)], "|activation| at the last prompt token")
 
 
 def _drops(
@@ -118,25 +118,13 @@ def _batches(problem: Problem, room: Room) -> list[list[int]]:
     return batches
 
 
-def _mean_activation(
-    problem: Problem, batches: Sequence[Sequence[int]], unit: str
-) -> Callable[[int], Float[np.ndarray, " unit"]]:
-    """Mean |activation| of a layer's units over the facts' last prompt tokens."""
-    model = problem.opened
-    total = np.zeros((model.n_layers, model.width(unit)))
-    for batch in batches:
-        clean = run_clean(model, make_batch([problem.tokens[i] for i in batch], model.device), unit)
-        total += clean.activation[:, :, -1].abs().cpu().double().sum(1).numpy()
-    return lambda layer: total[layer] / len(problem.tokens)
-
-
-def _silenced(problem: Problem, activation: Callable[[int], Float[np.ndarray, " unit"]]) -> list[list[np.ndarray]]:
+def _silenced(problem: Problem) -> list[list[np.ndarray]]:
     """Per layer the units that are zeroed: every fact's own, then as many random ones, draw by draw, then matched."""
     sets = []
     for layer in problem.layers:
         own = top_sets(problem.scores(layer), problem.top)
         generator = problem.generator(layer)
-        size = activation(layer)
+        size = problem.activation["last"][layer]
         free = [np.take_along_axis(own, orders(len(own), len(size), generator), axis=1) for _ in range(problem.draws)]
         matched = np.take_along_axis(own, matched_orders(len(own), size, generator), axis=1)
         sets.append([np.flatnonzero(marks) for marks in np.concatenate([own, *free, matched])])

@@ -45,7 +45,7 @@ def _superposition(problem: Problem, text: Iterator[tuple[int, Moment]]) -> Iter
         size = np.abs(white).mean(0)
         nulls = by_chance(again, len(white), size, generator=problem.generator(layer))
         notes = {"text_tokens": moment.tokens, "keys_at_last_token": fallen_back, "shrinkage": [shrinkage]}
-        yield Found(_projections(white), *nulls, notes=notes)
+        yield Found(_projections(white), *nulls, "|whitened key|", notes=notes)
 
 
 def _projections(white: Float[np.ndarray, "fact neuron"]) -> Matrix:

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,7 +77,7 @@ def interference(
 
     Args:
         model: the model of the attribution, checked against its digest; None skips the check, and is enough for
-            "cosine" and "jaccard".
+            "cosine" and "jaccard", whose matched null then knows units by their scores only.
         facts: the attributed facts; their relations divide pairs into within and across.
         attribution: a result of `attribute`.
         metrics: "cosine" of |scores|; "jaccard" of the top units; "superposition" of keys; "gradient", the cosine of
@@ -101,8 +102,12 @@ def interference(
         `p_value`, and `q_value` (Benjamini-Hochberg over the layers of the metric); `chance`, what the largest value of
         any two facts reaches when every fact's units are shuffled, in `unit_draws` draws (an attribute, by metric: n
         draws are exceeded by chance in one layer of n + 1), and `matched_chance` when they are shuffled among units of
-        similar size only; `expected`, the mean value of two facts when units are shuffled; `level`, beyond which a pair
-        collides, corrected over layers (see `colliding_pairs`; NaN for "suppression" of fewer than 19 `draws`).
+        similar size only, in `matched_draws` draws; `expected`, the mean value of two facts when units are shuffled;
+        `level`, beyond which a pair collides, corrected over layers (see `colliding_pairs`; NaN for "suppression" of
+        fewer than 19 `draws`). The attribute `matched_on` says by metric in what units are similar, as a mean over
+        facts: |activation| where the attribution read it for "cosine" and "jaccard" (|score| without a model of these
+        units), at the last prompt token for "suppression" and at every token for "gradient"; |whitened key| for
+        "superposition", whose units are the coordinates of whitened keys.
         With a model, `meaning` (fact, other), how near two facts are by the embedding, and per metric and layer its
         rank correlation with the value `meaning_rho`, `meaning_p` (Mantel) and `meaning_q`.
         `load` (layer, unit): mean |score| over facts, what the facts lean on. With "gradient", `gradient_norm`
@@ -226,10 +231,10 @@ def checked_metrics(
         raise ValueError(f"A measure is asked for twice: {', '.join(metrics)}.")
     if not (isfinite(top) and 0 < top <= 100):
         raise ValueError(f"top is {top}: give a percentage of a layer's units, above 0 and up to 100.")
-    if permutations < 1:
-        raise ValueError(f"A null needs at least one permutation, not {permutations}.")
-    if draws < 1:
-        raise ValueError(f"suppression needs at least one draw of random units, not {draws}.")
+    if not isinstance(permutations, Integral) or permutations < 1:
+        raise ValueError(f"A null needs at least one permutation, a whole number, not {permutations!r}.")
+    if not isinstance(draws, Integral) or draws < 1:
+        raise ValueError(f"suppression needs at least one draw of random units, a whole number, not {draws!r}.")
     if memory is not None and not memory > 0:
         raise ValueError(f"memory must be a positive number of GiB, not {memory}.")
 
@@ -248,7 +253,9 @@ def _filled(
     layers = tqdm(stream, total=len(value), unit="layer", desc=name, disable=not progress)
     for place, found in enumerate(layers):
         value[place] = found.value
-        notes.setdefault("unit_draws", {})[name] = len(found.free)
+        about = {"unit_draws": len(found.free), "matched_draws": len(found.matched), "matched_on": found.matched_on}
+        for key, told in about.items():
+            notes.setdefault(key, {})[name] = told
         nulls[0].append(found.free)
         nulls[1].append(found.matched)
         for column, numbers in found.by_fact.items():

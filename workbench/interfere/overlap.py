@@ -52,7 +52,14 @@ Features = Float[np.ndarray, "fact unit"]
 def _overlaps(
     problem: Problem, features: Callable[[Scores, int], Features], combine: Callable[[Features], Matrix]
 ) -> Iterator[Found]:
-    """A measure that compares the same unit in two facts; shuffling units shuffles the columns of its features."""
+    """A measure that compares the same unit in two facts; shuffling units shuffles the columns of its features.
+
+    The matched null swaps units of similar mean |activation| where the attribution read them; without a model that
+    could tell it, units of similar mean |score|.
+    """
+    scope = "all" if problem.attribution.attrs.get("scope") == "all" else "last"
+    where = "every prompt token" if scope == "all" else "the last prompt token"
+    matched_on = f"|activation| at {where}" if problem.has_units else "|score|"
     for layer in problem.layers:
         scores = problem.scores(layer)
         made = features(scores, problem.top)
@@ -60,9 +67,9 @@ def _overlaps(
         def again(order: np.ndarray, made: Features = made) -> Matrix:
             return combine(np.take_along_axis(made, order, axis=1))
 
-        size = np.abs(scores).mean(0).astype(np.float64)
-        nulls = by_chance(again, len(scores), size, generator=problem.generator(layer))
-        yield Found(combine(made), *nulls)
+        loud = problem.activation[scope][layer] if problem.has_units else np.abs(scores).mean(0).astype(np.float64)
+        nulls = by_chance(again, len(scores), loud, generator=problem.generator(layer))
+        yield Found(combine(made), *nulls, matched_on)
 
 
 def _directions(scores: Scores, top: int) -> Features:

@@ -10,6 +10,7 @@ import xarray as xr
 from jaxtyping import Float
 
 from workbench.facts import FactSet, TokenisedFact
+from workbench.interfere.activation import mean_activation
 from workbench.models import HookedModel, free_memory
 from workbench.results import Parts
 from workbench.tracing.spans import subject_tokens
@@ -37,6 +38,7 @@ class Found:
         value: entry [i, j] is what fact j does to fact i; the diagonal is a fact with itself.
         free: every draw in which each fact's units are shuffled.
         matched: the same, shuffled only among units of similar size.
+        matched_on: what that size is.
         by_fact: more numbers of the layer, one a fact, by the name of their variable in the result.
         notes: attributes of the result; lists are joined over layers, anything else is the same in all of them.
     """
@@ -44,6 +46,7 @@ class Found:
     value: Matrix
     free: Sequence[Draw]
     matched: Sequence[Draw]
+    matched_on: str
     by_fact: Mapping[str, Float[np.ndarray, " fact"]] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
 
@@ -90,6 +93,20 @@ class Problem:
             except ValueError:  # a slow tokenizer, or a subject that shares a token with the answer
                 found.append(None)
         return found
+
+    @property
+    def has_units(self) -> bool:
+        """Whether there is a model whose layers and units are those of the attribution."""
+        return (
+            self.model is not None
+            and self.attribution.sizes["unit"] == self.model.width(self.attribution.attrs["unit"])
+            and max(self.layers) < self.model.n_layers
+        )
+
+    @cached_property
+    def activation(self) -> dict[str, Float[np.ndarray, "layer unit"]]:
+        """Mean |activation| of every unit over the facts, by scope; see `mean_activation`."""
+        return mean_activation(self.opened, self.tokens, str(self.attribution.attrs["unit"]))
 
     @property
     def budget(self) -> float:
