@@ -96,7 +96,8 @@ class Study:
         """The new facts, alone against together."""
         files = [self.asked.out / f"behaviour_{name}.parquet" for name in ("facts", "layers")]
         if not all(file.exists() for file in files):
-            for frame, file in zip(wb.behaviour(self.model, self.taught, steps=self.asked.steps), files, strict=True):
+            options = {name: getattr(self.asked, name) for name in ("steps", "permutations", "seed")}
+            for frame, file in zip(wb.behaviour(self.model, self.taught, **options), files, strict=True):
                 save_frame(frame, file)
         one, two = (load_frame(file) for file in files)
         return one, two

@@ -199,7 +199,6 @@ def test_numbers_of_numpy_are_shares_and_counts_as_pythons_are() -> None:
         ({"keep": 1.5}, r"keep=1.5 is no share"),
         ({"keep": np.float32(1.5)}, r"keep=1.5 is no share"),
         ({"keep": True}, "a share or a count"),
-        ({"keep": "half"}, "a share or a count of the facts, got 'half'"),
         ({"weight": -1.0}, "at least 0"),
         ({"metric": "d_emb"}, "has no metrics"),
         ({"rule": "near_diverse"}, "needs embeddings"),

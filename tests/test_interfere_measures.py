@@ -1,5 +1,6 @@
 """Every measure of interference: what all must promise, and each against a second, literal way."""
 
+import inspect
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +14,7 @@ from workbench.attribution import attribute
 from workbench.facts import FactSet
 from workbench.interfere import (
     METRICS,
+    checked_metrics,
     colliding_pairs,
     conflict_rates,
     cross,
@@ -398,15 +400,15 @@ def test_what_cannot_be_measured_is_refused_before_any_work(llama) -> None:
         ({"metrics": ["cosine", "cosine"]}, "asked for twice"),
         ({"top": 0}, "percentage"),
         ({"permutations": 0}, "at least one permutation"),
-        ({"permutations": 2.5}, r"permutation, a whole number, not 2\.5"),
         ({"draws": 0}, "at least one draw of random units"),
-        ({"draws": 1.5}, r"a whole number, not 1\.5"),
-        ({"draws": "19"}, "a whole number, not '19'"),
         ({"memory": 0}, "positive number of GiB"),
         ({"text": "one text"}, "list of passages"),
     ):
         with pytest.raises(ValueError, match=message):
             interference(model, ASKED, scores, progress=False, **options)
+    for wrong in ({"draws": 1.5}, {"draws": "19"}, {"permutations": 2.5}):
+        with pytest.raises(ValueError, match=rf"a whole number, not {next(iter(wrong.values()))!r}\."):
+            inspect.unwrap(checked_metrics)(["suppression"], **wrong)
     with pytest.raises(ValueError, match="'gradient' runs the model"):
         interference(None, ASKED, scores, metrics=["cosine", "gradient"], progress=False)
     with pytest.raises(ValueError, match=r"gradients of 8 facts take .* fewer facts"):

@@ -20,6 +20,9 @@ log = logging.getLogger(__name__)
 #: Distances to rank by, the preferred first.
 METRICS = ("d_soft", "d_emb", "d_layer")
 
+#: A share or a count of facts.
+Keep = float | int | np.floating | np.integer
+
 
 @dataclass(frozen=True)
 class Pool:
@@ -39,7 +42,7 @@ def filter_facts(
     distance: pd.DataFrame | pd.Series | Mapping[str, float],
     *,
     rule: str,
-    keep: float | int,
+    keep: Keep,
     facts: FactSet | None = None,
     metric: str | None = None,
     weight: float = 1.0,
@@ -96,7 +99,7 @@ def filtered(
     distance: pd.DataFrame | pd.Series | Mapping[str, float],
     *,
     rule: str,
-    keep: float | int,
+    keep: Keep,
     facts: FactSet | None = None,
     metric: str | None = None,
     **options: Any,
@@ -203,7 +206,7 @@ RULES: dict[str, Callable[[Pool], np.ndarray]] = {
 }
 
 
-def check_options(rule: str, keep: float | int, weight: float | int = 1.0, low: float | None = None) -> None:
+def check_options(rule: str, keep: Keep, weight: float | int = 1.0, low: float | None = None) -> None:
     """Raise `ValueError` for an unknown rule, or numbers that fit no set of facts."""
     if rule not in RULES:
         raise ValueError(f"There is no rule {rule!r}; known are {', '.join(RULES)}.")
@@ -225,7 +228,7 @@ def target_embeddings(model: Any, facts: FactSet) -> Float[np.ndarray, "fact d_m
 
 
 def _judged(
-    distance: Any, rule: str, keep: float | int, facts: FactSet | None, metric: str | None, **options: Any
+    distance: Any, rule: str, keep: Keep, facts: FactSet | None, metric: str | None, **options: Any
 ) -> tuple[FactSet, pd.DataFrame]:
     """The facts, and the frame of `filtered`."""
     check_options(rule, keep, options["weight"], options["low"])
@@ -306,7 +309,7 @@ def _rows(embeddings: Any, facts: FactSet) -> Float[np.ndarray, "fact d_model"] 
     return rows
 
 
-def _count(keep: float | int, n: int) -> int:
+def _count(keep: Keep, n: int) -> int:
     """How many of n facts a share or a count is.
 
     >>> _count(0.5, 9), _count(1.0, 9), _count(1, 9), _count(0.01, 9)

@@ -80,7 +80,8 @@ def behaviour_command(
     opened, chosen = model_and_facts(model, facts, asked)
     from workbench.learning import averages, behaviour
 
-    per_fact, per_layer = behaviour(opened, chosen, steps=steps, rate=rate, layers=layers, progress=not asked.quiet)
+    options: dict[str, Any] = {"layers": layers, "seed": asked.seed, "progress": not asked.quiet}
+    per_fact, per_layer = behaviour(opened, chosen, steps=steps, rate=rate, **options)
     show(per_layer)
     show(averages(per_fact))
     write_table(per_fact, out)
