@@ -180,6 +180,17 @@ def test_an_attribution_of_something_else_is_refused() -> None:
         knowledge_neurons(model, facts, attribution=scores)
     with pytest.raises(ValueError, match="is of neurons, not of nodes"):
         knowledge_neurons(model, facts[:2], attribution=scores, unit="node")
+    others = FactSet("others", tuple(replace(fact, answer=f"{fact.answer} one") for fact in facts[:2]))
+    with pytest.raises(ValueError, match="of another prompt or answer than the one of that id"):
+        knowledge_neurons(model, others, attribution=scores)
+    with pytest.raises(ValueError, match="is by grad_x_act, not by ig; leave method out"):
+        knowledge_neurons(model, facts[:2], attribution=scores, method="ig")
+    with pytest.raises(ValueError, match="steps is no option beside it"):
+        knowledge_neurons(model, facts[:2], attribution=scores, steps=3)
+    for same in ({}, {"method": "grad_x_act"}):
+        assert knowledge_neurons(model, facts[:2], attribution=scores, progress=False, **same).attrs["method"] == (
+            "grad_x_act"
+        )
     with pytest.raises(ValueError, match="another model than"):
         knowledge_neurons(planted.model([(0, 7)]), facts[:2], attribution=scores)
     with pytest.raises(ValueError, match="attribution= takes what attribute"):

@@ -1,6 +1,6 @@
 """Which units a fact's prompts agree on: thresholds and sharing, after Knowledge Neurons (arXiv 2104.08696)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from tqdm import tqdm
 from workbench.attribution import FIXED, attribute
 from workbench.facts import FactSet
 from workbench.models import HookedModel, check_unit
-from workbench.results import check_made_with
+from workbench.results import check_asked, check_made_with
 from workbench.selection import Selection
 
 FACTS_AT_ONCE = 16
@@ -48,11 +48,12 @@ def knowledge_neurons(
         share: share of a fact's prompts that must agree, in (0, 1].
         adaptive: adapt the share, relation by relation.
         number: the mean number of units per fact that is aimed at.
-        method: attribution method; None takes the paper's, `kn`, for neurons, and `ig` for nodes.
+        method: attribution method; None takes the paper's, `kn`, for neurons, and `ig` for nodes, or that of
+            `attribution`.
         unit: `"neuron"` (the paper's) or `"node"`, which has no value vector to erase or edit.
         attribution: scores of `facts.per_prompt()` from before; None computes them, a few facts at a time.
         progress: show a progress bar.
-        options: further options of `attribute`.
+        options: further options of `attribute`; none beside `attribution`.
 
     Returns:
         Frame with fact, relation, kind ("neuron" or "node"), layer, unit, score (mean attribution over the fact's
@@ -64,9 +65,10 @@ def knowledge_neurons(
         ValueError: an option out of range, or an attribution of another model or of other facts.
     """
     check_unit(unit)
-    method = check_finding(threshold, share, number, method, unit)
     if attribution is not None:
         _check_prompts(model, facts, attribution, unit)
+        _check_beside(attribution, method, options)
+    method = check_finding(threshold, share, number, method, unit)
     found, attrs = _agreed(model, facts, attribution, threshold, progress, {"method": method, "unit": unit, **options})
     needed = _adapt(facts, found, share, number) if adaptive else dict.fromkeys(facts.relations, share)
     frames = []
@@ -205,6 +207,18 @@ def _check_prompts(model: HookedModel, facts: FactSet, attribution: xr.Dataset, 
     missing = sorted(set(facts.per_prompt().ids) - {str(one) for one in attribution["fact"].values})
     if missing:
         raise ValueError(f"The attribution has no prompt {missing[0]!r}: attribute facts.per_prompt().")
+    check_asked(attribution, facts.per_prompt().texts)
+
+
+def _check_beside(attribution: xr.Dataset, method: str | None, options: Mapping[str, Any]) -> None:
+    """Refuse options that an attribution from before cannot follow."""
+    if options:
+        raise ValueError(
+            f"The scores of attribution= are made, so {min(options)} is no option beside it: leave one out."
+        )
+    made = attribution.attrs.get("method", "unknown")
+    if method is not None and made not in ("unknown", method):
+        raise ValueError(f"The attribution is by {made}, not by {method}; leave method out, or attribute by {method}.")
 
 
 def check_finding(
