@@ -14,7 +14,15 @@ from test_results import attribution
 from test_store import full_disk, names
 
 from workbench.facts import FactSet
-from workbench.results import export_hdf5, hdf5, import_hdf5, open_result, save_result, validate_attribution
+from workbench.results import (
+    check_asked,
+    export_hdf5,
+    hdf5,
+    import_hdf5,
+    open_result,
+    save_result,
+    validate_attribution,
+)
 from workbench.selection import select
 
 RNG = np.random.default_rng(0)
@@ -97,6 +105,27 @@ def test_ours_goes_out_and_comes_back(tmp_path: Path, dtype: str) -> None:
     for name in ("fact", "relation", "gap", "target_prob"):
         assert np.array_equal(back[name].values, ds[name].values)
     assert {name: value for name, value in back.attrs.items() if name != "imported"} == ds.attrs
+
+
+@pytest.mark.parametrize("name", ["text", "prompt_text"])
+def test_what_was_asked_goes_out_and_comes_back(tmp_path: Path, name: str) -> None:
+    ds = attribution()
+    texts = [f"é{i}" for i in range(ds.sizes["fact"])]
+    known = ("fact", texts) if name == "text" else (("fact", "prompt"), [[text, ""] for text in texts])
+    path = export_hdf5(ds.assign_coords({name: known}), tmp_path / "ours.h5")
+    for out in (None, tmp_path / "a.zarr"):
+        back = import_hdf5(path, out)
+        assert [one for one in ("text", "prompt_text") if one in back.coords] == [name]
+        assert back[name].dims == ds.assign_coords({name: known})[name].dims
+        assert back[name].values.tolist() == known[1]
+        asked = dict(zip(back["fact"].values, texts, strict=True))
+        check_asked(back, asked)
+        if name == "text":
+            with pytest.raises(ValueError, match="of another prompt or answer"):
+                check_asked(back, asked | {back["fact"].values[1]: "other"})
+    with h5py.File(path, "a") as file:  # as it would stand in a file of theirs
+        del file["dataset"].attrs["metadata_workbench"]
+    assert name not in import_hdf5(path).coords
 
 
 def test_samples_get_the_names_of_the_facts(tmp_path: Path) -> None:

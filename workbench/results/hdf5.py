@@ -5,8 +5,8 @@ The format, as the public repository Nexround/LoKI writes it (`src/loki/utils/hd
 the axes (sample, layer, node), float16 (float32 in files of its first version), growing along the samples, compressed
 with gzip. Attributes of that array begin with `metadata_` (model_name, num_layers, hidden_size, ig_steps, ig_method,
 ...); lists and dictionaries in them are JSON text. Samples have no names: they are in the order in which they were
-asked. What `export_hdf5` adds (ids, relations, gaps, probabilities) stands in arrays of other names, which LoKI's code
-does not read.
+asked. What `export_hdf5` adds (ids, relations, what tells prompts from others, gaps, probabilities) stands in arrays of
+other names, which LoKI's code does not read.
 """
 
 import errno
@@ -27,6 +27,7 @@ from workbench.results.store import NOTES, open_store
 SCORES = "dataset"
 PREFIX = "metadata_"
 OURS = "workbench"  # the attribute that holds all attributes of a result of ours
+TEXTS = ("text", "prompt_text")
 BYTES_AT_ONCE = 2**24  # of scores, while copying
 UNKNOWN = "unknown"
 #: How LoKI (and Captum, which it calls) names the rules of quadrature, and how we do.
@@ -73,7 +74,8 @@ def import_hdf5(
         kinds = _labels(file, "relation", relations, n_facts, [""] * n_facts)
         attrs, notes = _attributes(scores, unit)
         attrs |= {"imported": _sha256(source)} | ({} if fact_digest is None else {"fact_digest": fact_digest})
-        labels = {"ids": names, "relations": kinds, "n_layers": n_layers, "n_units": n_units}
+        labels: dict[str, Any] = {"ids": names, "relations": kinds, "n_layers": n_layers, "n_units": n_units}
+        labels["texts"] = _texts(file, scores)
         with open_store(out, **labels, attrs=attrs, notes=notes, resume=resume) as store:
             size = max(1, BYTES_AT_ONCE // (4 * n_layers * n_units))
             todo = store.todo
@@ -124,9 +126,10 @@ def _write(h5py: Any, file: Any, attribution: xr.Dataset, dtype: np.dtype) -> No
         if not np.isfinite(part).all():
             raise ValueError("The scores do not fit float16, whose largest number is 65504: use float32.")
         array[at : at + size] = part
-    for name in ("fact", "relation"):
-        texts = [str(text) for text in attribution[name].values]
-        file.create_dataset(name, data=texts, dtype=h5py.string_dtype())
+    for name in ("fact", "relation", *TEXTS):
+        if name in attribution.variables:
+            texts = attribution[name].transpose("fact", ...).values
+            file.create_dataset(name, data=np.vectorize(str, otypes=[object])(texts), dtype=h5py.string_dtype())
     for name in ("gap", "target_prob"):
         if name in attribution:
             file.create_dataset(name, data=attribution[name].values.astype(np.float32))
@@ -201,6 +204,14 @@ def _labels(file: Any, name: str, given: Sequence[str] | None, n_facts: int, oth
     if given is not None and len(given) != n_facts:
         raise ValueError(f"The file holds {n_facts} samples, but {len(given)} {name}s were given: they must match.")
     return [str(text) for text in (otherwise if given is None else given)]
+
+
+def _texts(file: Any, scores: Any) -> list[Any] | None:
+    """What tells the prompts of the samples from others, one text or several a sample; None where it is not said."""
+    stored = next((file[name] for name in TEXTS if name in file), None)
+    if stored is None or PREFIX + OURS not in scores.attrs or stored.shape[:1] != scores.shape[:1]:
+        return None
+    return stored.asstr()[:].tolist()
 
 
 def _small(file: Any, name: str, rows: list[int]) -> np.ndarray | None:

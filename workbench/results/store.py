@@ -124,13 +124,14 @@ def open_store(
     n_layers: int,
     n_units: int,
     attrs: Mapping[str, Any],
-    texts: Sequence[str] | None = None,
+    texts: Sequence[Any] | None = None,
     notes: Mapping[str, Any] | None = None,
     resume: bool = True,
 ) -> Iterator[AttributionStore]:
     """Create an attribution result for these facts, or go on with the one that lies at `path`.
 
-    `texts` tell the prompt and answer of each fact from others (`check_asked`). `attrs` (settings, model digest, fact
+    `texts` tell the prompt and answer of each fact from others (`check_asked`), or of each of its prompts, where the
+    scores are their mean. `attrs` (settings, model digest, fact
     digest) must equal those of the stored result, else `ValueError` names what differs; `notes` are recorded but not
     compared. `path=None` keeps everything in memory. `resume=False` replaces an earlier result, and only a result, when
     the first facts of the new one are written: what fails before leaves the earlier result as it was. A second writer
@@ -174,7 +175,7 @@ def unwritten(
     n_layers: int,
     n_units: int,
     attrs: Mapping[str, Any],
-    texts: Sequence[str] | None = None,
+    texts: Sequence[Any] | None = None,
     resume: bool = True,
 ) -> list[int]:
     """Say which facts `open_store` with the same arguments would have to do, and raise what it would; touch nothing."""
@@ -214,7 +215,7 @@ def _labels(
     n_layers: int,
     n_units: int,
     attrs: Mapping[str, Any],
-    texts: Sequence[str] | None = None,
+    texts: Sequence[Any] | None = None,
 ) -> xr.Dataset:
     """The coordinates and attributes of a result that has no numbers yet."""
     coords: dict[str, Any] = {
@@ -224,7 +225,8 @@ def _labels(
         "unit": ("unit", np.arange(n_units)),
     }
     if texts is not None:
-        coords["text"] = ("fact", np.array(list(texts), dtype=object))
+        known = np.array(list(texts), dtype=object)
+        coords |= {"text": ("fact", known)} if known.ndim == 1 else {"prompt_text": (("fact", "prompt"), known)}
     return xr.Dataset(coords=coords, attrs=dict(attrs))
 
 
@@ -274,6 +276,7 @@ def _write_label(group: zarr.Group, name: str, labels: xr.Dataset) -> None:
         name,
         shape=coord.shape,
         dtype=str if is_text else np.int64,
+        chunks="auto" if coord.ndim == 1 else coord.shape,
         dimension_names=[str(dim) for dim in coord.dims],
         compressors=PACKED,
         config={"write_empty_chunks": True},  # so that a file that is missing was lost
