@@ -283,6 +283,11 @@ def test_results_that_do_not_belong_together_are_refused() -> None:
         agreement(traced, attributed.isel(layer=[0, 1]))
     with pytest.raises(ValueError, match="no fact in common"):
         agreement(traced, attributed.assign_coords(fact=["x", "y"]))
+    asked, same = (ds.assign_coords(text=ds["fact"]) for ds in (traced, attributed))
+    agreement(asked, same, roles=["last"])
+    agreement(asked, attributed, roles=["last"])  # what does not say what it asked is trusted
+    with pytest.raises(ValueError, match="are of another prompt or answer"):
+        agreement(asked, same.assign_coords(text=same["fact"] + "x"))
     with pytest.raises(ValueError, match="not 'middle'"):
         agreement(traced, attributed, roles=["middle"])
     with pytest.raises(ValueError, match="score must be"):

@@ -1,6 +1,7 @@
 """What is not the same is not taken for it: models by weights, settings and tokens; facts by what they ask."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from workbench.results import save_result
 from workbench.semantics import attribute_drift
 from workbench.suppression import suppression_curve
 from workbench.suppression.curve import held_out
+from workbench.tracing import agreement, trace
 from workbench.tracing.spans import subject_tokens
 
 #: The facts, each asked another way, under the same ids.
@@ -61,6 +63,11 @@ def test_facts_with_the_same_ids_and_other_texts_are_noticed(tmp_path, monkeypat
     with pytest.raises(ValueError, match="'france' are of another prompt or answer"):
         wb.interference(model, OTHERS, scores, progress=False)
     wb.interference(model, OTHERS, scores.drop_vars("text"), progress=False)  # what does not say so is trusted
+    about = FactSet("about", (replace(OTHERS["france"], subject="France"),))
+    traced = trace(model, about, draws=1, progress=False)
+    assert traced["text"].values.tolist() == [OTHERS["france"].digest]
+    with pytest.raises(ValueError, match="are of another prompt or answer"):
+        agreement(traced, scores)
     unnamed = FactSet.from_records([{**fact, "id": f"x{n}"} for n, fact in enumerate(FACTS.to_records())], name="x")
     with pytest.raises(ValueError, match="8 of the 8 facts to be read were used for the attribution"):
         suppression_curve(model, scores, unnamed, quotas=(10,), progress=False)

@@ -207,6 +207,7 @@ def _labelled(
             "layer": np.arange(len(rows[0]["effect"])),
             "role": list(ROLES),
             "relation": ("fact", [fact.relation for fact in facts]),
+            "text": ("fact", [fact.digest for fact in facts]),
         },
         attrs={**vars(settings), **notes},
     )

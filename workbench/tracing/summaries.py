@@ -8,6 +8,7 @@ import xarray as xr
 from jaxtyping import Float
 
 from workbench.intervals import interval, standard_ranks
+from workbench.results import check_asked
 from workbench.tracing.spans import ROLES
 
 
@@ -83,7 +84,7 @@ def agreement(
         (two-sided), n (facts). rho is NaN for a fact with the same value in every layer; such facts are not in "all".
 
     Raises:
-        ValueError: results of different models or layers, or without a common fact.
+        ValueError: results of different models, layers or prompts, or without a common fact.
     """
     if permutations < 1:
         raise ValueError(f"The null and the bootstrap need at least one of the permutations, not {permutations}.")
@@ -189,6 +190,11 @@ def _layer_sums(
         raise ValueError("The trace and the attribution were made with different models; make both with one.")
     if result["layer"].values.tolist() != attribution["layer"].values.tolist():
         raise ValueError("The trace and the attribution have different layers.")
+    if "text" in result.coords:  # older traces do not say what they asked
+        check_asked(
+            attribution,
+            {str(i): str(text) for i, text in zip(result["fact"].values, result["text"].values, strict=True)},
+        )
     theirs = set(attribution["fact"].values)
     ids = [str(i) for i in result["fact"].values if i in theirs]
     if not ids:
