@@ -229,6 +229,18 @@ def test_gradients_of_the_clean_run_equal_the_loop_at_the_end_of_the_path(kind: 
             torch.testing.assert_close(gradients[layer, row], expected, rtol=1e-4, atol=1e-6)
 
 
+def test_a_block_that_is_called_by_keyword_gets_what_it_is_called_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(random_model("llama"), tokenizer=tokenizer())
+    batch = make_batch(TOKENISED[:1], torch.device("cpu"))
+    expected = run_clean(model, batch, "node")
+    kind = type(model.hf.model.layers[0])
+    plain = kind.__call__
+    monkeypatch.setattr(kind, "__call__", lambda self, hidden, **rest: plain(self, hidden_states=hidden, **rest))
+    found = run_clean(model, batch, "node")
+    assert torch.equal(found.logits, expected.logits)
+    assert [call.keys() for call in found.calls] == [call.keys() for call in expected.calls]
+
+
 def test_reading_leaves_no_trace() -> None:
     model = load_model(random_model("llama"), tokenizer=tokenizer())
     ids = torch.tensor([[4, 5, 6]])

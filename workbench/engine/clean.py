@@ -73,6 +73,7 @@ def run_clean(model: HookedModel, batch: Batch, unit: str) -> Clean:
     fed = batch.start - batch.shared  # the tail's place among the columns that are fed
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        kwargs = dict(kwargs)  # a copy: the block is called with the dictionary itself
         hidden, *rest = args or [kwargs.pop("hidden_states")]
         names = list(inspect.signature(module.forward).parameters)[1:]
         resid_pre.append(hidden[:, fed:].clone())  # a view would keep the whole prompt's
