@@ -15,7 +15,7 @@ from workbench.engine.queries import run_queries
 from workbench.engine.room import out_of_memory
 from workbench.facts import TokenisedFact
 from workbench.metrics import logprob
-from workbench.models import HALF, HookedModel, Patch, in_float32, probe_ids
+from workbench.models import HALF, HookedModel, Patch, check_finite, in_float32, probe_ids
 
 #: Largest difference between the engine and plain hooks, relative to the largest gradient, that `check_engine` takes.
 #: Measured in float32: at most 3e-6 over 25 tiny architectures and the default model.
@@ -61,6 +61,7 @@ def _compare(model: HookedModel) -> None:
                 raise
             raise ValueError(f"{kind}: the attribution engine cannot run this architecture ({error}).") from error
         if not isfinite(gap):
+            check_finite(model.hf, model.name)
             raise ValueError(
                 f"{kind}: its numbers are not finite where texts of different lengths are padded, as with eager "
                 'attention in float64; open it with dtype="float32".'

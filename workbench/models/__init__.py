@@ -13,7 +13,7 @@ from workbench.models.hooked import (
     projection_widths,
 )
 from workbench.models.loading import load_model, own_tokenizer
-from workbench.models.promises import probe_ids
+from workbench.models.promises import check_finite, probe_ids
 from workbench.models.sources import default_model, list_models, load_hf
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "HookedModel",
     "Patch",
     "Unit",
+    "check_finite",
     "check_unit",
     "default_model",
     "forward_through",
