@@ -5,14 +5,17 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import numpy as np
 import planted
 import pytest
 import torch
 import xarray as xr
+import zarr
 from test_engine import naive
 from tiny import FACTS, TOKENISED, default, random_model, tiny, tokenizer
 
@@ -29,7 +32,7 @@ from workbench.attribution import (
     scoring,
     strongest,
 )
-from workbench.attribution.settings import _checked_steps
+from workbench.attribution.settings import DEFAULTS, _checked_steps
 from workbench.engine import Room
 from workbench.facts import FactSet, load_facts
 from workbench.metrics import OBJECTIVES, logprob
@@ -354,15 +357,42 @@ def test_padding_changes_nothing_when_every_position_moves(kind: str, method: st
         ({"method": "ablation", "steps": 3}, "one step"),
         ({"method": "kn", "rule": "left"}, "kn is defined with rule='right'"),
         ({"method": "loki-code", "unit": "neuron"}, "loki-code is defined with unit='node'"),
-        ({"method": "random", "seed": -1}, "seed must not be negative"),
+        ({"method": "kn", "unit": "node"}, "kn is defined with unit='neuron'; leave unit out, or use method='ig'"),
+        ({"method": "kn", "objective": "logprob"}, "kn is defined with objective='prob'"),
+        ({"method": "random", "seed": -1}, "seed must be a whole number of at least 0, not -1"),
         ({"batch_size": 0}, "batch_size"),
         ({"memory": 0.0}, "memory must be a positive number"),
+        ({"memory": float("inf")}, "memory must be a positive number of GiB, not inf"),
         ({"memory": 1e-9}, "takes at least"),
     ],
 )
 def test_unknown_options_are_refused_before_any_work(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run(tiny("llama"), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": ["ig"]}, "method must be one of ig, grad_x_act"),
+        ({"seed": "a"}, "seed must be a whole number of at least 0, not 'a'"),
+        ({"tolerance": "a"}, "tolerance must lie between 0 and 1, not 'a'"),
+        ({"memory": "2GB"}, "memory must be a positive number of GiB, not '2GB'"),
+    ],
+)
+def test_options_of_a_wrong_type_are_refused_where_types_are_not_enforced(options, message, monkeypatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match=message):
+        run(tiny("llama"), **options)
+
+
+def test_what_a_definition_fixes_may_be_left_out_or_said_as_it_has_it() -> None:
+    assert checked_settings("kn") == checked_settings("kn", "neuron", 20, "right", "zero", "last", "prob", "gold")
+    assert checked_settings("kn") != checked_settings("kn", target="predicted")
+    for method, fixed in FIXED.items():
+        expected = {**DEFAULTS, **fixed}
+        del expected["steps"]
+        assert asdict(checked_settings(method)).items() >= expected.items()
 
 
 def test_a_fact_longer_than_the_context_is_refused_by_id() -> None:
@@ -374,7 +404,7 @@ def test_a_fact_longer_than_the_context_is_refused_by_id() -> None:
 def test_weights_that_make_scores_nan_do_not_become_results() -> None:
     model = load_model(random_model("llama"), tokenizer=tokenizer())
     model.hf.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"engine|finite"):
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight of tiny-llama has 1 NaN or infinite values"):
         run(model)
 
 
@@ -426,7 +456,7 @@ def test_tokenised_examples_cover_answers_of_several_tokens() -> None:
     assert {len(fact.answer_ids) for fact in FACTS.tokenise(tokenizer())} == {1, 2, 3}
 
 
-def test_a_pass_has_room_for_the_longest_fact_of_its_batch() -> None:
+def test_a_pass_has_room_for_the_longest_fact_of_its_batch(monkeypatch) -> None:
     """Facts of very different lengths: no pass of whole prompts has more rows than fit, and every fact is scored."""
     words = "one two three four five six seven eight red blue green sky"
     records = [{"id": str(n), "prompt": " ".join(words.split()[: n + 1]), "answer": "Paris"} for n in range(12)]
@@ -441,6 +471,8 @@ def test_a_pass_has_room_for_the_longest_fact_of_its_batch() -> None:
         assert len(one) == 1 or len(one) * longest <= room.rows
     assert max(map(len, found)) > 1
     assert [len(one) for one in batches(tokens, range(12), settings, room, 5)] == [5, 5, 2]
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is for users
+    assert [len(one) for one in batches(tokens, range(12), settings, room, np.int64(5))] == [5, 5, 2]
 
 
 @pytest.mark.parametrize("method", ["ablation", "ig", "grad_x_act", "loki-code", "kn"])
@@ -465,6 +497,21 @@ def test_what_will_not_fit_on_the_disk_is_refused_before_the_first_pass(tmp_path
     with pytest.raises(ValueError, match=r"The scores take 3\.17e-06 GB, and 1e-06 GB are free where .*a\.zarr"):
         run(tiny("llama"), out=tmp_path / "a.zarr")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_left_to_do_must_fit_on_the_disk(tmp_path, monkeypatch) -> None:
+    options = {"method": "grad_x_act", "out": tmp_path / "a.zarr"}
+    whole = run(tiny("llama"), **options).load()
+    monkeypatch.setattr(scoring, "free_bytes", lambda path: 400)
+    with pytest.raises(ValueError, match=r"The scores take 3\.17e-06 GB"):
+        run(tiny("llama"), **options, resume=False)
+    assert run(tiny("llama"), **options).equals(whole)  # nothing is left to do, and nothing was lost
+    zarr.open_group(tmp_path / "a.zarr")["done"][0] = False
+    again = run(tiny("llama"), **options)  # 396 bytes
+    np.testing.assert_allclose(again["score"], whole["score"], atol=1e-5)
+    zarr.open_group(tmp_path / "a.zarr")["done"][:2] = False
+    with pytest.raises(ValueError, match=r"The scores take 7\.92e-07 GB, and 4e-07 GB are free"):
+        run(tiny("llama"), **options)
 
 
 @pytest.mark.parametrize("steps", [1.5, "a"])

@@ -112,6 +112,8 @@ def test_attribute_prints_the_unit_that_the_method_fixes(tiny_inputs, tmp_path, 
     command = ["--model", model, "--facts", facts, "--method", "kn", "--steps", "1", "-q"]
     assert call(monkeypatch, "attribute", *command, "--out", str(tmp_path / "a.zarr")) == 0
     assert " neurons a layer: " in capsys.readouterr().out
+    assert call(monkeypatch, "attribute", *command, "--unit", "node", "--out", str(tmp_path / "b.zarr")) == 1
+    assert "kn is defined with unit='neuron'; leave unit out" in capsys.readouterr().err
 
 
 def test_attribute_gives_the_mean_over_paraphrases(tiny_inputs, tmp_path, monkeypatch, capsys) -> None:

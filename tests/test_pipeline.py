@@ -263,6 +263,8 @@ def test_a_changed_setting_redoes_what_depends_on_it(inputs: dict[str, str], tmp
         ({"selection.quota": 0.1}, "of 32 units .* is less than one unit"),
         ({"selection.layers": [9]}, "selection.layers has 9"),
         ({"attribution.method": "guess"}, "method must be one of"),
+        ({"attribution.method": "kn", "attribution.unit": "node"}, "kn is defined with unit='neuron'; leave unit out"),
+        ({"attribution.method": "kn", "selection.quota": 0.1}, "of 40 units .* is less than one unit"),
         ({"training.epochs": 3}, "There is no setting 'training.epochs'; known here: target_efficacy"),
         ({"retained": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"evaluation.general": "nowhere.txt"}, "nowhere.txt"),

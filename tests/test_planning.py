@@ -169,6 +169,9 @@ def test_the_command_plans_and_starts_nothing(tmp_path: Path, monkeypatch, capsy
     command = ["attribute", "--model", model, "--facts", facts, "--steps", "2", "-q"]
     assert call(monkeypatch, *command, "--out", str(tmp_path / "a.zarr"), "--plan") == 0
     assert capsys.readouterr().out.startswith(f"facts    {len(FACTS)} to do")
+    assert call(monkeypatch, *command, "--plan", "--paraphrases") == 0
+    n_scores = len(FACTS.per_prompt()) + len(FACTS)  # each prompt's, and their means
+    assert f"({4 * n_scores * (3 * 33 + 1) / 1e3:.1f} kB of numbers)" in capsys.readouterr().out
     assert names(tmp_path) == before
     assert call(monkeypatch, *command) == 1
     assert "--out" in capsys.readouterr().err

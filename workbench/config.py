@@ -16,13 +16,17 @@ class AttributionConfig(_Section):
     """How the known facts are attributed."""
 
     method: str = Field("ig", description="attribution method: ig or grad_x_act")
-    unit: Literal["node", "neuron"] = Field("node", description="node (rows of the down-projection) or neuron")
+    unit: Literal["node", "neuron"] | None = Field(
+        None,
+        description="node (rows of the down-projection) or neuron; here and below, when not given, the method's "
+        "own choice, or else the first",
+    )
     steps: int | None = Field(None, ge=1, description="points of the quadrature; refined to a tolerance when not given")
-    rule: str = Field("midpoint", description="quadrature rule: midpoint, left, right or trapezoid")
-    baseline: str = Field("zero", description="start of the path: zero or blank")
-    scope: str = Field("last", description="positions that move: last or all")
-    objective: str = Field("logprob", description="what is differentiated: logprob, prob, logit or margin")
-    target: str = Field("gold", description="gold (the fact's answer) or predicted")
+    rule: str | None = Field(None, description="quadrature rule: midpoint, left, right or trapezoid")
+    baseline: str | None = Field(None, description="start of the path: zero or blank")
+    scope: str | None = Field(None, description="positions that move: last or all")
+    objective: str | None = Field(None, description="what is differentiated: logprob, prob, logit or margin")
+    target: str | None = Field(None, description="gold (the fact's answer) or predicted")
     max_facts: int | None = Field(
         24, ge=2, description="attribute so many known facts, half of them at most, and so many new ones"
     )

@@ -32,6 +32,7 @@ from workbench.metrics import OBJECTIVES, logprob
 from workbench.models import HookedModel
 from workbench.path import Path
 from workbench.results import free_bytes, open_store
+from workbench.results.labelled import kind_of
 
 log = logging.getLogger(__name__)
 
@@ -43,13 +44,13 @@ def attribute(
     facts: FactSet,
     *,
     method: str = "ig",
-    unit: Literal["node", "neuron"] | str = "node",
+    unit: Literal["node", "neuron"] | str | None = None,
     steps: int | None = None,
-    rule: str = "midpoint",
-    baseline: str = "zero",
-    scope: str = "last",
-    objective: str = "logprob",
-    target: str = "gold",
+    rule: str | None = None,
+    baseline: str | None = None,
+    scope: str | None = None,
+    objective: str | None = None,
+    target: str | None = None,
     tolerance: float = 0.05,
     seed: int = 0,
     batch_size: int | str = "auto",
@@ -59,6 +60,9 @@ def attribute(
     progress: bool = True,
 ) -> xr.Dataset:
     """Score how much every FFN unit of every layer contributes to every fact.
+
+    What a published definition fixes is left out, or said as it has it; of other choices that are left out (None), the
+    first that is named below is taken.
 
     Args:
         model: a model from `load_model`.
@@ -99,10 +103,13 @@ def attribute(
     settings = checked_settings(method, unit, steps, rule, baseline, scope, objective, target, tolerance, seed)
     work = prepare(model, facts, settings, batch_size, memory)
     check_engine(model)
-    if out is not None:
-        _check_disk(pathlib.Path(out), work)
+    place = None if out is None else pathlib.Path(out)
+    if place is not None and kind_of(place) is None:
+        _check_disk(place, work, len(facts))  # before a folder is made
     notes = {"model": model.name, "facts": facts.name, "dtype": str(model.dtype).removeprefix("torch.")}
-    with open_store(out, **work.labels, notes=notes, resume=resume) as store:
+    with open_store(place, **work.labels, notes=notes, resume=resume) as store:
+        if place is not None:
+            _check_disk(place, work, len(store.todo))
         room = work.room
         bar = tqdm(total=len(facts), initial=len(store.done), unit="fact", desc="attribute", disable=not progress)
         with bar:
@@ -154,12 +161,11 @@ def prepare(
     return Work(tokenised, room, labels)
 
 
-def _check_disk(out: pathlib.Path, work: Work) -> None:
-    """Refuse a result that is new and does not fit: scores are stored as they are, four bytes a number."""
-    labels = work.labels
-    need = 4 * len(labels["ids"]) * labels["n_layers"] * (labels["n_units"] + 1)
+def _check_disk(out: pathlib.Path, work: Work, todo: int) -> None:
+    """Refuse so many facts where they do not fit: scores are stored as they are, four bytes a number."""
+    need = 4 * todo * work.labels["n_layers"] * (work.labels["n_units"] + 1)
     have = free_bytes(out)
-    if not out.exists() and have < need:
+    if have < need:
         raise ValueError(
             f"The scores take {need / 1e9:.3g} GB, and {have / 1e9:.3g} GB are free where {out} is to be: make room, "
             "choose another place, or attribute fewer facts."
@@ -227,8 +233,8 @@ def batches(
     """
     order = sorted(todo, key=lambda i: (len(facts[i].answer_ids), len(facts[i].prompt_ids), facts[i].ids, i))
     while order:
-        most = min(room.most, batch_size if isinstance(batch_size, int) else FACTS_PER_PASS)
-        same = _together([facts[i] for i in order[:most]], settings, room, isinstance(batch_size, int))
+        most = min(room.most, FACTS_PER_PASS if isinstance(batch_size, str) else int(batch_size))
+        same = _together([facts[i] for i in order[:most]], settings, room, batch_size != "auto")
         yield order[:same]
         order = order[same:]
 

@@ -1,8 +1,8 @@
 """What defines a score: the settings of an attribution, and the published definitions by name."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from numbers import Integral
+from dataclasses import asdict, dataclass
+from numbers import Integral, Real
 from typing import Any
 
 from workbench.metrics import OBJECTIVES
@@ -66,7 +66,7 @@ class Settings:
     seed: int = 0
 
 
-#: What the arguments of `attribute` are when the user says nothing.
+#: What the arguments of `attribute` are when neither the user nor the method says anything.
 DEFAULTS = {
     "unit": "node",
     "rule": "midpoint",
@@ -80,25 +80,26 @@ DEFAULTS = {
 
 def checked_settings(
     method: str = "ig",
-    unit: str = "node",
+    unit: str | None = None,
     steps: int | None = None,
-    rule: str = "midpoint",
-    baseline: str = "zero",
-    scope: str = "last",
-    objective: str = "logprob",
-    target: str = "gold",
+    rule: str | None = None,
+    baseline: str | None = None,
+    scope: str | None = None,
+    objective: str | None = None,
+    target: str | None = None,
     tolerance: float = 0.05,
     seed: int = 0,
 ) -> Settings:
     """The settings, or one sentence about the first that is unknown or contradicts the method.
 
-    A published definition (`loki-paper`, `loki-code`, `kn`, `kn-code`) fixes what it defines: an argument that was
-    left at its default is replaced, another is refused.
+    A published definition (`loki-paper`, `loki-code`, `kn`, `kn-code`) fixes what it defines: an argument that is left
+    out (None) is the definition's, or else one of `DEFAULTS`; one that contradicts the definition is refused.
     """
-    if method not in FIXED:
+    if not isinstance(method, str) or method not in FIXED:
         raise ValueError(f"method must be one of {', '.join(FIXED)}, not {method!r}.")
-    check_unit(unit)
-    given = {"unit": unit, "rule": rule, "baseline": baseline, "scope": scope, "objective": objective, "target": target}
+    asked = {"unit": unit, "rule": rule, "baseline": baseline, "scope": scope, "objective": objective, "target": target}
+    given = {name: value for name, value in asked.items() if value is not None}
+    check_unit(given.get("unit", "node"))
     choices: dict[str, Sequence[str]] = {
         "rule": list(RULES),
         "baseline": ["zero", "blank"],
@@ -107,25 +108,37 @@ def checked_settings(
         "target": ["gold", "predicted"],
     }
     for name, allowed in choices.items():
-        if given[name] not in allowed:
+        if name in given and given[name] not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {given[name]!r}.")
     fixed = {name: value for name, value in FIXED[method].items() if name != "steps"}
     for name, value in given.items():
-        if value not in (DEFAULTS[name], fixed.get(name, value)):
+        if value != fixed.get(name, value):
             raise ValueError(f"{method} is defined with {name}={fixed[name]!r}; leave {name} out, or use method='ig'.")
-    if not 0 < tolerance < 1:
-        raise ValueError(f"tolerance must lie between 0 and 1, not {tolerance}.")
-    if seed < 0:
-        raise ValueError(f"seed must not be negative, not {seed}.")
-    settings = DEFAULTS | given | fixed
+    if not (isinstance(tolerance, Real) and 0 < tolerance < 1):
+        raise ValueError(f"tolerance must lie between 0 and 1, not {tolerance!r}.")
+    if not (isinstance(seed, Integral) and seed >= 0):
+        raise ValueError(f"seed must be a whole number of at least 0, not {seed!r}.")
+    settings = DEFAULTS | fixed | given
     steps = _checked_steps(method, steps, settings["rule"])
     return Settings(
         method=method,
         steps=steps,
-        tolerance=0.0 if steps else tolerance,
-        seed=seed if method == "random" else 0,
+        tolerance=0.0 if steps else float(tolerance),
+        seed=int(seed) if method == "random" else 0,
         **settings,
     )
+
+
+def filled_in(definition: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `attribute` that define scores, checked, with what the method says where one is left out.
+
+    Steps stay left out: their number may adapt.
+
+    >>> filled_in({"method": "kn", "unit": None, "steps": None})
+    {'method': 'kn', 'unit': 'neuron', 'steps': None}
+    """
+    full = asdict(checked_settings(**definition)) | {"steps": None}
+    return {name: full[name] if value is None else value for name, value in definition.items()}
 
 
 def _checked_steps(method: str, steps: Any, rule: str) -> int:

@@ -1,5 +1,6 @@
 """What a model knows, and where: `recall`, `attribute`."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,8 @@ from workbench.cli.app import (
     show,
     write_table,
 )
+
+OR_OWN = "where neither this nor --method says otherwise"
 
 
 @app.command(name="recall")
@@ -51,13 +54,13 @@ def attribute_command(
     facts: Facts = "world",
     model: Model = "smollm2-135m",
     method: str = "ig",
-    unit: Literal["node", "neuron"] = "node",
+    unit: Annotated[Literal["node", "neuron"] | None, Parameter(help=f"node {OR_OWN}")] = None,
     steps: int | None = None,
-    rule: str = "midpoint",
-    baseline: str = "zero",
-    scope: str = "last",
-    objective: str = "logprob",
-    target: str = "gold",
+    rule: Annotated[str | None, Parameter(help=f"midpoint {OR_OWN}")] = None,
+    baseline: Annotated[str | None, Parameter(help=f"zero {OR_OWN}")] = None,
+    scope: Annotated[str | None, Parameter(help=f"last {OR_OWN}")] = None,
+    objective: Annotated[str | None, Parameter(help=f"logprob {OR_OWN}")] = None,
+    target: Annotated[str | None, Parameter(help=f"gold {OR_OWN}")] = None,
     tolerance: Annotated[float, Parameter(help="of adaptive steps: the gap, as a share of a layer's effect")] = 0.05,
     memory: Annotated[float | None, Parameter(help="GiB that a pass may take; half of what is free")] = None,
     batch_size: Count = None,
@@ -77,7 +80,7 @@ def attribute_command(
     checked_settings(method, unit, steps, rule, baseline, scope, objective, target, tolerance, asked.seed)
     each = _place_of_prompts(out, resume) if paraphrases and out is not None else out
     opened, chosen = model_and_facts(model, facts, asked)
-    chosen = chosen.per_prompt() if paraphrases else chosen
+    n_facts, chosen = len(chosen), chosen.per_prompt() if paraphrases else chosen
     options: dict[str, Any] = {
         "method": method,
         "unit": unit,
@@ -97,7 +100,9 @@ def attribute_command(
     if plan:
         from workbench.planning import plan as planned
 
-        print(planned(opened, chosen, **options))
+        ready = planned(opened, chosen, **options)
+        means = ready.result_bytes * n_facts // len(chosen) if paraphrases else 0
+        print(replace(ready, result_bytes=ready.result_bytes + means, disk_bytes=ready.disk_bytes + means))
         return
     ds = attribute(opened, chosen, **options, progress=not asked.quiet)
     if paraphrases and out is not None:

@@ -1,6 +1,7 @@
 """How much goes into one pass: as many rows as make full matrix products, and no more than memory takes."""
 
 from dataclasses import dataclass, replace
+from numbers import Real
 
 import torch
 
@@ -68,8 +69,10 @@ def room_for(model: HookedModel, memory: float | None = None) -> Room:
     Raises:
         ValueError: not even one row fits.
     """
-    if memory is not None and not memory > 0:
-        raise ValueError(f"memory must be a positive number of GiB, not {memory}.")
+    if memory is not None and not (isinstance(memory, Real) and 0 < memory < float("inf")):
+        raise ValueError(
+            f"memory must be a positive number of GiB, not {memory!r}; leave it out for half of what is free."
+        )
     budget = free_memory(model.device) / 2 if memory is None else memory * 2**30
     size = model.dtype.itemsize
     row = model.n_layers * (10 * model.d_model + 5 * model.d_mlp) * size

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from workbench.attribution import checked_settings
+from workbench.attribution import filled_in
 from workbench.config import Config
 from workbench.facts import general_text
 from workbench.interfere import checked_metrics
@@ -32,8 +32,8 @@ def check(config: Config) -> None:
     out = Path(config.out)
     if out.exists() and not (out.is_dir() and ((out / "stages").is_dir() or not any(out.iterdir()))):
         raise ValueError(f"{out} holds something that is not a run; give another folder as out.")
-    a, i = config.attribution, config.interference
-    checked_settings(a.method, a.unit, a.steps, a.rule, a.baseline, a.scope, a.objective, a.target)
+    filled_in(config.attribution.model_dump(exclude={"max_facts"}))
+    i = config.interference
     checked_metrics(i.metrics, i.top, draws=i.draws)
     if not is_advised(config) and any(reads_advice(config, method) for method in config.methods):
         raise ValueError(
@@ -54,9 +54,9 @@ def reads_advice(config: Config, method: str) -> bool:
     return changed.get("strategy", config.selection.strategy) in READ_INTERFERENCE
 
 
-def check_selection(config: Config, model: HookedModel) -> None:
+def check_selection(config: Config, model: HookedModel, unit: str) -> None:
     """Raise if the quota or the layers do not fit the model, which is known only when it is open."""
-    chosen, width = config.selection, model.width(config.attribution.unit)
+    chosen, width = config.selection, model.width(unit)
     check_choice(chosen.strategy, chosen.quota, width)
     beyond = [layer for layer in chosen.layers or () if not 0 <= layer < model.n_layers]
     if beyond:

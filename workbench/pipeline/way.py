@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from workbench.attribution import attribute
+from workbench.attribution import attribute, filled_in
 from workbench.config import Config
 from workbench.facts import FactSet, general_text, load_facts
 from workbench.forgetting import measure_forgetting, neighbourhood_as_before
@@ -90,6 +90,7 @@ class _Way:
 
     def __init__(self, config: Config, folder: RunDir, progress: bool) -> None:
         self.config, self.folder, self.progress = config, folder, progress
+        self.definition = filled_in(config.attribution.model_dump(exclude={"max_facts"})) | {"seed": config.seed}
         self.retained = load_facts(config.retained)
         self.implanted = load_facts(config.implanted)
         self._check_harm(self.retained)
@@ -99,7 +100,7 @@ class _Way:
         self.measured: dict[str, Any] = config.interference.model_dump(exclude={"harm"}) | {"seed": config.seed}
         self.general = general_text(config.evaluation.general)
         text_chunks(self.model, self.general, max_tokens=config.evaluation.general_tokens)
-        check_selection(config, self.model)
+        check_selection(config, self.model, self.definition["unit"])
 
     def stages(self) -> Iterator[Stage]:
         """All stages in order; a key is made when its turn comes, from what lies in the folder by then."""
@@ -109,7 +110,7 @@ class _Way:
         yield Stage("recall", known, ("recall.parquet",), self._recall)
         new = {**base, "implanted": self.implanted.digest}
         yield Stage("recall_new", new, ("recall_new.parquet",), self._recall_new)
-        attributed = {**known, **config.attribution.model_dump(), "seed": config.seed}
+        attributed = {**known, **self.definition, "max_facts": config.attribution.max_facts}
         yield Stage("attribution", attributed, ("attribution.zarr", "facts/retained.jsonl"), self._attribute)
         among = {**attributed, "interference": self.measured}
         yield Stage("interference", among, ("interference.zarr",), self._interfere)
@@ -194,10 +195,9 @@ class _Way:
         self._score("attribution_new", self.new)
 
     def _score(self, name: str, facts: FactSet) -> None:
-        settings = self.config.attribution.model_dump(exclude={"max_facts"}) | {"seed": self.config.seed}
         out = self.folder.file(f"{name}.zarr")
-        self.folder.begin(name, {**settings, "facts": facts.digest, "model": self.model.digest}, out)
-        attribute(self.model, facts, **settings, out=out, progress=self.progress)
+        self.folder.begin(name, {**self.definition, "facts": facts.digest, "model": self.model.digest}, out)
+        attribute(self.model, facts, **self.definition, out=out, progress=self.progress)
 
     def _check_harm(self, known: FactSet) -> None:
         """Raise if too few facts would be attributed, of these known ones and the new ones, for what harm is to say."""

@@ -27,7 +27,7 @@ class Plan:
         passes: forwards of the model.
         rows: token rows in all passes together.
         exact: whether passes and rows are counted; where the number of steps adapts they are extrapolated.
-        result_bytes: the numbers of the whole result, uncompressed.
+        result_bytes: the numbers of the whole result, uncompressed; at the command with the means over paraphrases.
         disk_bytes: what the whole result will take on disk.
         free_bytes: what is free there, or None where the result stays in memory.
         memory_bytes: the most that this process (on CUDA: the device) has held while measuring, the model included;
