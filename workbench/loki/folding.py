@@ -72,8 +72,11 @@ def folds(base: nn.Module, x: Tensor, delta: Tensor, width: int, trained: int) -
     """Say whether the copy is the cheaper way for this input, and an exact one.
 
     `trained` of `width` rows (or columns) are trained. It needs plain frozen weights of the adapter's and the input's
-    dtype, no autocast, and a base layer whose call nobody watches or replaces; a compiler fuses what it is given.
+    dtype, no autocast, and a base layer whose call nobody watches or replaces; a compiler fuses what it is given, and
+    is asked for first, so that it reads nothing of the input.
     """
+    if torch.compiler.is_compiling():
+        return False
     tokens = x.numel() // max(1, x.shape[-1])
     if trained * tokens < COPY_IN_TOKENS * width or type(base) not in (nn.Linear, Conv1D) or x.ndim < 2:
         return False
@@ -88,7 +91,6 @@ def folds(base: nn.Module, x: Tensor, delta: Tensor, width: int, trained: int) -
         and not any(watched)
         and "forward" not in vars(base)
         and not torch.is_autocast_enabled(x.device.type)
-        and not torch.compiler.is_compiling()
     )
 
 
