@@ -13,8 +13,10 @@ from scripts import HOME, script
 from tiny import FACTS, inputs_of_a_run, saved
 
 from workbench.attribution import attribute
+from workbench.config import SelectionConfig
 from workbench.facts import load_facts
 from workbench.models import load_model
+from workbench.pipeline.checks import LOKI_METHODS
 from workbench.recollection import recall
 from workbench.results import open_result
 from workbench.suppression import suppression_curve
@@ -244,6 +246,15 @@ def test_attribution_sweep_refers_to_ablation_where_there_is_one(tmp_path: Path)
     assert sweep.reference_of(found).place == "node/ig-8/capital"
     exact = sweep.Cell("node", "ablation", 1, "capital")
     assert sweep.reference_of([*found, exact]) == exact
+
+
+def test_a_method_of_loki_is_the_same_in_a_run_and_in_the_comparison() -> None:
+    compared = script("analyses", "method_comparison").SELECTIONS
+    both = compared.keys() & LOKI_METHODS
+    assert both == {"loki_signed", "loki_magnitude", "loki_random", "loki_highest"}
+    for name in both:
+        run = SelectionConfig().model_dump() | LOKI_METHODS[name]
+        assert compared[name].items() <= run.items(), name
 
 
 def test_method_comparison_searches_trains_with_every_seed_and_keeps_its_trials(tmp_path: Path, capsys) -> None:

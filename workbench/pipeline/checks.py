@@ -18,7 +18,7 @@ LOKI_METHODS: dict[str, dict[str, Any]] = {
     "loki_random": {"strategy": "random"},
     "loki_signed": {"score": "signed"},
     "loki_magnitude": {"score": "magnitude"},
-    "loki_highest": {"strategy": "global_highest"},
+    "loki_highest": {"strategy": "layer_highest"},
     "loki_lowest": {"strategy": "global_lowest"},
 }
 
