@@ -158,6 +158,8 @@ def test_a_selection_of_the_published_shape(tmp_path):
         ({"selection": [[1]], "use_rslora": True}, "give r > 0"),
         ({"selection": [[1]], "r": 1, "loki_alpha": float("nan")}, "loki_alpha must be a positive number"),
         ({"selection": [[1]], "r": 1, "loki_alpha": 0.0}, "loki_alpha must be a positive number"),
+        ({"selection": [[1]], "r": 1, "loki_alpha": "8"}, "loki_alpha must be a positive number, got '8'"),
+        ({"selection": [[1]], "r": 1, "loki_alpha": True}, "loki_alpha must be a positive number, got True"),
     ],
 )
 def test_settings_that_do_not_fit(options, sentence):

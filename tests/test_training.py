@@ -5,7 +5,7 @@ import inspect
 import pandas as pd
 import pytest
 import torch
-from peft import PromptTuningConfig
+from peft import AdaptionPromptConfig, PromptTuningConfig
 from tiny import FACTS, saved, tiny
 
 from workbench.config import TrainConfig
@@ -113,8 +113,11 @@ def test_a_folder_is_a_model_and_the_adapter_knows_its_base(tmp_path) -> None:
 
 
 def test_an_adapter_that_changes_no_weights_is_one_sentence() -> None:
-    with pytest.raises(ValueError, match="PROMPT_TUNING learns tokens before the text"):
-        implant(tiny("llama"), FACTS, PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    prompt = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    adaption = AdaptionPromptConfig(adapter_len=2, adapter_layers=1, task_type="CAUSAL_LM")
+    for config, name in ((prompt, "PROMPT_TUNING"), (adaption, "ADAPTION_PROMPT")):
+        with pytest.raises(ValueError, match=f"{name} puts learned tokens before the text or into attention"):
+            implant(tiny("llama"), FACTS, config)
     untyped = inspect.unwrap(implant)  # as a user has it, without the tests' check of types
     with pytest.raises(TypeError, match=r"adapter is a configuration, .* not 'lora'"):
         untyped(tiny("llama"), FACTS, "lora")

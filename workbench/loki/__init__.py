@@ -15,6 +15,7 @@ from .adapters import (
     expected_warnings,
     load_adapted,
     merged_copy,
+    refuse_unmergeable,
     trainable_parameters,
 )
 from .config import LokiConfig
@@ -41,6 +42,7 @@ __all__ = [
     "matched",
     "merged_copy",
     "parameter_count",
+    "refuse_unmergeable",
     "trainable_parameters",
 ]
 

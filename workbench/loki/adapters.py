@@ -274,7 +274,7 @@ def merged_copy(model: nn.Module) -> Any:
     """
     refuse_stacked(model)
     for adapter in getattr(model, "peft_config", {}).values():
-        _refuse_unmergeable(adapter)
+        refuse_unmergeable(adapter)
     plain: Any = copy.deepcopy(model)
     if hasattr(plain, "merge_and_unload"):
         return plain.merge_and_unload()
@@ -293,9 +293,9 @@ def merged_copy(model: nn.Module) -> Any:
     return plain
 
 
-def _refuse_unmergeable(adapter: PeftConfig) -> None:
+def refuse_unmergeable(adapter: PeftConfig | Dense) -> None:
     """Raise ValueError, naming the method, for one whose learned tokens are no part of any weight."""
-    if adapter.is_prompt_learning or adapter.is_adaption_prompt:
+    if not isinstance(adapter, Dense) and (adapter.is_prompt_learning or adapter.is_adaption_prompt):
         raise ValueError(
             f"{str(adapter.peft_type).rpartition('.')[2]} puts learned tokens before the text or into attention, which "
             "no weight can hold, so it cannot be merged into a plain model; train a method that changes weights."
@@ -316,7 +316,7 @@ def load_adapted(
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} holds no {name}, so it is not an adapter saved in safetensors by peft.")
     config = PeftConfig.from_pretrained(str(folder))
-    _refuse_unmergeable(config)
+    refuse_unmergeable(config)
     model, tokenizer = _base_model(folder, base or config.base_model_name_or_path, dtype, device, tokenizer)
     with expected_warnings():
         merged = PeftModel.from_pretrained(model, str(folder), config=config).merge_and_unload()

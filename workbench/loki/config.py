@@ -7,6 +7,7 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ class LokiConfig(PeftConfig):
     r: Any = field(
         default=0, metadata={"help": "Rank inside the selected rows, or their number where it is smaller; 0: in full."}
     )
-    loki_alpha: float | None = field(
+    loki_alpha: Any = field(
         default=None, metadata={"help": "Scaling numerator for r > 0, as LoRA's alpha; default: r, a scaling of 1."}
     )
     use_rslora: bool = field(default=False, metadata={"help": "Scale by alpha / sqrt(r) instead of alpha / r."})
@@ -138,8 +139,9 @@ class LokiConfig(PeftConfig):
         if rank is None or rank < 0:
             raise ValueError(f"r must be 0 (the rows in full) or a positive whole rank, got {self.r!r}.")
         self.r = rank
-        if self.loki_alpha is not None and not 0 < self.loki_alpha < math.inf:
-            raise ValueError(f"loki_alpha must be a positive number, got {self.loki_alpha!r}.")
+        alpha = self.loki_alpha
+        if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, Real) or not 0 < alpha < math.inf):
+            raise ValueError(f"loki_alpha must be a positive number, got {alpha!r}.")
         if self.r == 0 and (self.loki_alpha is not None or self.use_rslora):
             raise ValueError("loki_alpha and use_rslora scale the low-rank form; give r > 0 or leave them out.")
         if self.layers is not None:

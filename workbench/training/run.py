@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from workbench.config import TrainConfig
 from workbench.facts import ExampleSet, FactSet
-from workbench.loki import expected_warnings, trainable_parameters
+from workbench.loki import expected_warnings, refuse_unmergeable, trainable_parameters
 from workbench.models import HookedModel, load_model
 from workbench.results import save_frame, save_json
 from workbench.training.batches import Tokenised, collate, efficacy, name_of, tokenise
@@ -109,10 +109,7 @@ def implant(
     settings = train_config or TrainConfig()
     if not isinstance(adapter, Adapter):
         raise TypeError(f"adapter is a configuration, as adapter_for and LokiConfig make them, not {adapter!r:.80}.")
-    if getattr(adapter, "is_prompt_learning", False):
-        raise ValueError(
-            f"{kind_of(adapter)} learns tokens before the text; implant takes methods that change weights."
-        )
+    refuse_unmergeable(adapter)
     if not len(facts):
         raise ValueError("There is nothing to implant: the fact set is empty.")
     hooked = model_path if isinstance(model_path, HookedModel) else load_model(model_path)
@@ -148,6 +145,7 @@ def implant(
         "base_digest": hooked.digest,
         "base_dtype": str(hooked.dtype).removeprefix("torch."),
         "peft_type": method,
+        "rank": getattr(adapter, "target_r", getattr(adapter, "r", None)),
         **({"loss": "plain"} if watch.loss is None else watch.loss.summary()),
     }
     (folder / "adapter" / "README.md").write_text(card(summary), encoding="utf-8")
