@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from workbench.config import STRATEGIES as NAMED
 from workbench.results import open_store
-from workbench.selection import READ_INTERFERENCE, STRATEGIES, Selection, keep, select, votes, voting
+from workbench.selection import READ_INTERFERENCE, STRATEGIES, Selection, check_choice, keep, select, votes, voting
 
 EXAMPLES = settings(max_examples=40, deadline=None)
 VOTING = ["layer_balanced", "layer_highest", "global_lowest", "global_highest"]
@@ -399,3 +400,32 @@ def test_the_cut_is_the_kth_of_the_sorted_scores(dtype: type, shift: float) -> N
     scores[0, :3] = [-0.0, 0.0, np.finfo(np.float32).tiny / 4]
     for k in (1, 7, 33):
         np.testing.assert_array_equal(voting.lowest(scores, k)[:, 0], np.sort(scores, axis=1)[:, k - 1])
+
+
+def test_the_strategies_that_settings_name_are_those_that_take_one_quota() -> None:
+    assert NAMED.replace(" or ", ", ").split(", ") == [name for name in STRATEGIES if name != "per_layer_budget"]
+
+
+@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "per_layer_budget"])
+def test_the_fullest_layer_gets_no_more_than_a_quota_can_give(strategy) -> None:
+    scores = distinct(0, 4, 3, 10)
+    scores[:, 1] += {"global_lowest": -9, "global_highest": 9}.get(strategy, 0)  # all in one layer
+    found, options = dataset(scores), {"strategy": strategy, "quota": 28}
+    if strategy in READ_INTERFERENCE:
+        options |= {"interference": unequal(3, 10), "weights": {"collision": 2}}
+    fullest = select(found, **options).per_layer()["n_selected"].max()
+    most = check_choice(strategy, 28, 10, 3)
+    expected = {"layer_balanced": 2, "layer_highest": 2, "random": 2, "interference_aware": 6}.get(strategy, 8)
+    assert most == expected >= fullest
+    if not strategy.endswith("random"):
+        assert fullest == expected  # no lower bound would do
+    assert check_choice(strategy, 90, 10, 3) == (9 if expected == 2 else 10)
+
+
+def unequal(layers: int, units: int) -> xr.Dataset:
+    """Interference of two facts that collide in all layers but the first."""
+    value = np.ones((1, layers, 2, 2))
+    value[:, 0] = 0
+    load = np.zeros((layers, units))
+    variables = {"value": (("metric", "layer", "fact", "other"), value), "load": (("layer", "unit"), load)}
+    return xr.Dataset(variables, coords={"layer": range(layers)}, attrs={"unit": "node"})

@@ -7,6 +7,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+#: How units can be selected by one quota.
+STRATEGIES = "layer_balanced, layer_highest, global_lowest, global_highest, random, global_random or interference_aware"
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -46,10 +49,7 @@ class InterferenceConfig(_Section):
 class SelectionConfig(_Section):
     """Which units are trained."""
 
-    strategy: str = Field(
-        "layer_balanced",
-        description="layer_balanced, interference_aware (follows the advice), global_lowest, global_highest or random",
-    )
+    strategy: str = Field("layer_balanced", description=STRATEGIES)
     quota: float = Field(10.0, gt=0, lt=100, description="share of the units that is trained, in percent")
     score: Literal["signed", "magnitude"] = Field("magnitude", description="rank by score or by its absolute value")
     layers: tuple[int, ...] | None = Field(None, description="only these layers; all when not given")

@@ -10,7 +10,7 @@ from cyclopts.validators import Number
 
 from workbench.cli.app import FORMATS, Chat, Count, Quiet, Seed, app
 from workbench.cli.filtering import share_or_number
-from workbench.config import Config
+from workbench.config import STRATEGIES, Config
 
 
 @app.command(name="implant")
@@ -23,7 +23,7 @@ def implant_command(
     ] = "smollm2-135m",
     method: Annotated[str, Parameter(help="loki, lora, rslora, dora, pissa, full, ...")] = "loki",
     quota: Annotated[float, Parameter(help="loki: percent of the units of every layer that is trained")] = 10.0,
-    strategy: Annotated[str, Parameter(help="loki: how the units are selected")] = "layer_balanced",
+    strategy: Annotated[str, Parameter(help=f"loki: how the units are selected: {STRATEGIES}")] = "layer_balanced",
     score: Annotated[
         Literal["magnitude", "signed"], Parameter(help="loki: what the units are ranked by")
     ] = "magnitude",

@@ -92,15 +92,18 @@ def select(
     return Selection(xr.DataArray(values, dims=("layer", "unit")), attribution.attrs["unit"], origin)
 
 
-def check_choice(strategy: str, quota: int | float, n_units: int = 10**9) -> int:
-    """Return how many of so many units a quota is.
+def check_choice(strategy: str, quota: int | float, n_units: int = 10**9, n_layers: int = 1) -> int:
+    """Return how many of its units the fullest of so many layers can get by a quota.
 
     Raises `ValueError` for a strategy that takes no single quota, or a quota that is no share of the units.
     """
     known = [name for name in STRATEGIES if name != "per_layer_budget"]  # its quota is a list
     if strategy not in known:
         raise ValueError(f"strategy must be one of {', '.join(known)}, not {strategy!r}.")
-    return units_in(quota, n_units, "a layer")
+    if strategy.startswith("global_"):
+        return min(n_units, units_in(quota, n_layers * n_units, "all eligible layers"))
+    each = units_in(quota, n_units, "a layer")
+    return min(n_units, n_layers * each) if strategy in READ_INTERFERENCE else each
 
 
 def _left(weights: Mapping[str, int | float] | None) -> dict[str, int | float]:
