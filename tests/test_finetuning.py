@@ -110,15 +110,29 @@ def test_nothing_known_is_nothing_to_watch(inputs, tmp_path) -> None:
 
 
 def test_a_selection_that_knows_interference_is_given_it(inputs, tmp_path) -> None:
-    out = finetune(asked(inputs, strategy="interference_aware"), tmp_path / "aware", progress=False).path
+    once = TRAINING.model_copy(update={"max_epochs": 1})
+    one = asked(inputs, strategy="interference_aware", training=once)
+    out = finetune(one, tmp_path / "aware", progress=False).path
     scores, model = open_result(out / "attribution.zarr"), wb.load_model(inputs["model"])
     retained = wb.load_facts(inputs["known"]).filter(ids=[str(i) for i in scores["fact"].values])
     found = wb.interference(model, retained, scores, seed=TRAINING.seed, progress=False)
+    new = wb.attribute(model, FACTS.at_most(4, TRAINING.seed), progress=False)
     options = {"quota": 25.0, "score": "magnitude"}
-    expected = wb.select(scores, strategy="interference_aware", interference=found, **options)
-    chosen = Selection.load(out / "selection.json").positions()
-    assert chosen == expected.positions()
-    assert chosen != wb.select(scores, **options).positions()
+    aware = {"strategy": "interference_aware", "interference": found, **options}
+    expected = wb.select(scores, new=new, **aware)
+    selected = Selection.load(out / "selection.json")
+    assert selected.positions() == expected.positions()
+    assert selected.origin["weights"] == {"collision": 1.0, "load": 1.0, "new": 1.0}
+    assert selected.positions() != wb.select(scores, **aware).positions() != wb.select(scores, **options).positions()
+    assert open_result(out / "attribution_new.zarr").sizes["fact"] == 4 < len(FACTS)  # as many as max_facts
+    card = (out / "README.md").read_text()
+    assert "- selection: interference_aware by magnitude, 25% of the nodes\n" in card
+
+    examples = asked(inputs, "mine", strategy="interference_aware", epochs=1, rank=2)
+    out = finetune(examples, tmp_path / "examples", progress=False).path
+    assert Selection.load(out / "selection.json").positions() == wb.select(scores, **aware).positions()
+    assert not (out / "attribution_new.zarr").exists()
+    assert "- rank: 2\n" in (out / "README.md").read_text()
 
 
 def test_facts_are_taught_and_asked_as_chats(inputs, tmp_path) -> None:
@@ -335,6 +349,7 @@ def test_a_saved_selection_says_what_its_units_are(inputs, tmp_path, monkeypatch
         (["--data", "fictional:3", "--selection", "x.json"], "no file x.json (selection)"),
         (["--data", "fictional:3", "--general", "x.txt"], "no text file x.txt"),
         (["--data", "fictional:3", "--strategy", "best"], "strategy must be one of"),
+        (["--data", "fictional:3", "--strategy", "interference_aware", "--max-facts", "1"], "give max_facts of 2 or"),
         (["--data", "fictional:3", "--quota", "100"], "is not a percentage in"),
         (["--data", "fictional:3", "--target", "2"], "target_efficacy"),
         (["--data", "fictional:3", "--rates", "fast"], "--rates takes numbers"),
@@ -373,6 +388,8 @@ def test_a_selection_or_quota_that_does_not_fit_the_model_comes_before_training(
         finetune(asked(inputs, rank=9), tmp_path / "c", progress=False)
     with pytest.raises(ValueError, match="rank of 11 is more than the 10 neurons"):
         finetune(asked(inputs, rank=11, unit="neuron"), tmp_path / "c", progress=False)
+    with pytest.raises(ValueError, match="rank of 25 is more than the 24 nodes"):  # all may lie in one layer
+        finetune(asked(inputs, rank=25, strategy="global_lowest"), tmp_path / "c", progress=False)
     assert list(tmp_path.iterdir()) == [rows]
 
 
@@ -381,5 +398,10 @@ def test_a_model_that_knows_nothing_can_be_tuned_but_not_attributed(inputs, tmp_
     unknown.write_text('{"id": "a", "prompt": "one", "answer": "Nairobi"}\n')
     with pytest.raises(ValueError, match="knows none of the 1 facts"):
         finetune(asked(inputs, retained=str(unknown)), tmp_path / "a", progress=False)
+    known = wb.load_facts(inputs["known"])
+    few = str(known.filter(ids=known.ids[:3]).save(tmp_path / "few.jsonl"))
+    with pytest.raises(ValueError, match=r"knows 3 of the facts of .*; interference_aware needs 4"):
+        finetune(asked(inputs, retained=few, strategy="interference_aware"), tmp_path / "c", progress=False)
+    assert not (tmp_path / "c/attribution.zarr").exists()
     out = finetune(asked(inputs, "mine", retained=str(unknown), method="ia3", epochs=1), tmp_path / "b", progress=False)
     assert set(load_frame(out.file("forgetting.parquet"))["suite"]) == {"general"}

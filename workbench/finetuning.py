@@ -1,6 +1,5 @@
 """A fine-tune that forgets less, for a person with a model and a data file: from known facts to a model with a card."""
 
-import os
 import shutil
 from collections.abc import Callable, Collection
 from functools import cached_property
@@ -10,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from workbench.attribution import attribute
-from workbench.facts import ExampleSet, Fact, FactSet, general_text, load_facts, load_training_data
+from workbench.facts import ExampleSet, FactSet, general_text, load_facts, load_training_data
 from workbench.filtering import check_options, filtered, kept_of
 from workbench.forgetting import measure_forgetting
 from workbench.interfere import interference
@@ -38,8 +37,6 @@ from workbench.training import (
 
 #: Passes over a person's own examples where nothing else is asked for; facts are repeated until they are known.
 EXAMPLE_EPOCHS = 3
-#: What a start leaves that was stopped before its settings were written.
-BEGUN = {".lock", "stages"}
 
 
 def finetune(asked: FineTune, out: str | Path, *, command: str = "", progress: bool = True) -> RunDir:
@@ -61,7 +58,7 @@ def finetune(asked: FineTune, out: str | Path, *, command: str = "", progress: b
     way = _Way(asked, data, retained, folder, command, progress)  # before the folder: what does not fit leaves none
     folder.file("stages").mkdir(parents=True, exist_ok=True)
     with folder.lock():
-        _check_out(asked, folder.path)  # another start may have ended since
+        asked.check_out(folder.path)  # another start may have ended since
         save_json(asked.settings(), folder.file("settings.json"))
         units = None if asked.selection is None else load_json(asked.selection)
         key = {"settings": asked.settings(), "model": way.model.digest, "data": way.data.digest,
@@ -89,6 +86,9 @@ def check(asked: FineTune, out: Path) -> tuple[FineTune, FactSet | ExampleSet, F
         if value is not None and not fits:
             raise ValueError(f"The method {asked.method!r} takes no {name}; leave it out.")
     check_choice(asked.strategy, asked.quota)
+    aware = kind == "loki" and asked.selection is None and asked.strategy in READ_INTERFERENCE
+    if aware and asked.max_facts < 2:
+        raise ValueError(f"{asked.strategy} reads how facts collide, in pairs: give max_facts of 2 or more.")
     if asked.selection is not None and not Path(asked.selection).is_file():
         raise FileNotFoundError(f"There is no file {asked.selection} (selection).")
     asked = asked.settled()
@@ -100,32 +100,13 @@ def check(asked: FineTune, out: Path) -> tuple[FineTune, FactSet | ExampleSet, F
     if asked.rates:
         check_rates(asked.rates)
     general_text(asked.general)
-    _check_out(asked, out)
+    asked.check_out(out)
     data = load_training_data(asked.data, format=asked.format)
     if asked.filter != "all" and not isinstance(data, FactSet):
         raise ValueError(f"The filter {asked.filter!r} is for facts, and {asked.data} holds examples; leave it out.")
     if asked.filter != "all" and isinstance(asked.keep, int) and asked.keep > len(data):
         raise ValueError(f"keep={asked.keep} does not fit: {asked.data} holds {len(data)} facts.")
     return asked, data, load_facts(asked.retained)
-
-
-def _check_out(asked: FineTune, out: Path) -> None:
-    """Raise unless the folder is new, empty, or holds this very fine-tune."""
-    if out.is_file():
-        raise ValueError(f"{out} is a file; give a folder as out.")
-    if out.is_dir() and not {entry.name for entry in out.iterdir()} <= BEGUN:
-        if not (out / "settings.json").is_file() or not (out / "stages").is_dir():
-            raise ValueError(f"{out} holds something that is not a fine-tune; give another folder as out.")
-        before, now = FineTune(asked.data).settings() | load_json(out / "settings.json"), asked.settings()
-        other = [name for name in now if before[name] != now[name]]
-        if other:
-            raise ValueError(
-                f"{out} holds a fine-tune with another {other[0]} ({before[other[0]]!r}, not {now[other[0]]!r}); "
-                "give another folder as out."
-            )
-    there = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise PermissionError(f"{out} cannot be written: {there} is no folder that you may write to; give another out.")
 
 
 class _Way:
@@ -158,11 +139,12 @@ class _Way:
             parameter_count(self.model, self._adapter())  # raises where it does not fit the model
         else:
             unit = asked.unit or "node"
-            most = check_choice(asked.strategy, asked.quota, self.model.width(unit))  # where unevenly, on average
+            n_layers = len(set(asked.layers or range(self.model.n_layers)))
+            most = check_choice(asked.strategy, asked.quota, self.model.width(unit), n_layers)
             if asked.rank is not None and asked.rank > most:
                 raise ValueError(
                     f"A rank of {asked.rank} is more than the {most} {unit}s of a layer that a quota of "
-                    f"{asked.quota:g}% trains; take a lower rank, or a higher quota."
+                    f"{asked.quota:g}% trains at most; take a lower rank, or a higher quota."
                 )
             adapter_for(self.model, asked.method, selection=[[0]] * self.model.n_layers, layers=asked.layers)
 
@@ -170,8 +152,10 @@ class _Way:
         """Name, files and work of every stage."""
         selecting: list[tuple[str, tuple[str, ...], Callable[[], None]]] = []
         if self.loki and self.asked.selection is None:
+            new = [("attribution_new", ("attribution_new.zarr",), self._attribute_new)] if self._reads_new else []
             selecting = [
                 ("attribution", ("attribution.zarr",), self._attribute),
+                *new,
                 ("selection", ("selection.json",), self._select),
             ]
         filtering = [("filter", ("filter.parquet",), self._filter)] if self.asked.filter != "all" else []
@@ -202,7 +186,13 @@ class _Way:
     @cached_property
     def attributed(self) -> FactSet:
         """LoKI: the known facts that choose the units; half of them at most, so that others are left to be read."""
-        return self._split[0] if len(self._split[0]) else self.known  # a single one
+        facts = self._split[0] if len(self._split[0]) else self.known  # a single one
+        if len(facts) < 2 and self.asked.strategy in READ_INTERFERENCE:
+            raise ValueError(
+                f"{self.model.name} knows {len(self.known)} of the facts of {self.asked.retained}; "
+                f"{self.asked.strategy} needs 4, two to collide and two to be read: give other retained facts."
+            )
+        return facts
 
     @cached_property
     def tuning(self) -> FactSet:
@@ -246,12 +236,25 @@ class _Way:
             before = set(self.retained.sample(asked, self.training.seed).ids) if asked else set()
             asked = min(len(self.retained), max(2 * wanted, 2 * asked))
             drawn = self.retained.sample(asked, self.training.seed)
-            frames.append(recall(self.model, drawn.filter(where=_not_in(before)), progress=self.progress))
+            frames.append(recall(self.model, drawn.filter(ids=set(drawn.ids) - before), progress=self.progress))
         save_frame(pd.concat(frames), self.folder.file("recall.parquet"))
 
+    @property
+    def _reads_new(self) -> bool:
+        """Whether the selection reads what helps the facts to be taught."""
+        return self.asked.strategy in READ_INTERFERENCE and isinstance(self.data, FactSet)
+
     def _attribute(self) -> None:
-        out = self.folder.file("attribution.zarr")
-        attribute(self.model, self.attributed, unit=self.asked.unit or "node", out=out, progress=self.progress)
+        self._score("attribution", self.attributed)
+
+    def _attribute_new(self) -> None:
+        assert isinstance(self.taught, FactSet)
+        self._score("attribution_new", self.taught.at_most(self.asked.max_facts, self.training.seed))
+
+    def _score(self, name: str, facts: FactSet) -> None:
+        out, unit = self.folder.file(f"{name}.zarr"), self.asked.unit or "node"
+        self.folder.begin(name, {"facts": facts.digest, "model": self.model.digest, "unit": unit}, out)
+        attribute(self.model, facts, unit=unit, out=out, progress=self.progress)
 
     def _select(self) -> None:
         asked = self.asked
@@ -259,6 +262,8 @@ class _Way:
         beside: dict[str, Any] = {}
         if asked.strategy in READ_INTERFERENCE:
             beside = {"interference": interference(self.model, self.attributed, scores, seed=self.training.seed)}
+        if self._reads_new:
+            beside["new"] = open_result(self.folder.file("attribution_new.zarr"))
         options: dict[str, Any] = {"strategy": asked.strategy, "score": asked.score, "seed": self.training.seed}
         chosen = select(scores, quota=asked.quota, layers=asked.layers, **options, **beside)
         chosen.save(self.folder.file("selection.json"))
@@ -328,10 +333,7 @@ class _Way:
         items = tokenise(self.model, self.taught, self.training.paraphrases)
         numbers = {"trained prompts answered before": f"{efficacy(self.model.hf, items):.0%}"}
         numbers |= figures_of(load_frame(self.folder.file("forgetting.parquet")))
+        numbers = {"selection": self.asked.chosen(), **numbers} if self.loki else numbers
         for place, merged in (("README.md", True), ("merged/README.md", True), ("adapter/README.md", False)):
             text = card(about, numbers=numbers, command=self.command, merged=merged)
             self.folder.file(place).write_text(text, encoding="utf-8")
-
-
-def _not_in(ids: set[str]) -> Callable[[Fact], bool]:
-    return lambda fact: fact.id not in ids

@@ -1,10 +1,15 @@
 """What a person asks of a fine-tune."""
 
+import os
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from workbench.config import TrainConfig
 from workbench.results import load_json
+
+#: What a start leaves that was stopped before its settings were written.
+BEGUN = {".lock", "stages"}
 
 
 @dataclass(frozen=True)
@@ -16,7 +21,8 @@ class FineTune:
         model: the default's name, a folder of safetensors, a `.gguf` file or a hub id.
         method: `loki`, or any other name of `workbench.loki.METHODS`.
         quota: LoKI: percent of the units of a layer that are trained.
-        strategy: LoKI: how units are selected.
+        strategy: LoKI: how units are selected. `interference_aware` reads how the attributed facts collide, and where
+            `data` are facts an attribution of them too; of examples it has none, so that this term is off.
         score: LoKI: `magnitude` or `signed`.
         selection: a position file, or a saved selection: LoKI trains it instead of one from attribution, another method
             the layers in which it has units.
@@ -25,7 +31,7 @@ class FineTune:
         rank: rank of the methods that have one (LoKI: 0 trains the selected rows in full).
         rates: learning rates to search; none takes that of `training`, or the method's default.
         retained: facts that the model may know, to be attributed and to be read before and after.
-        max_facts: LoKI: attribute at most this many known facts.
+        max_facts: LoKI: attribute at most this many known facts (and, where the strategy reads them, new ones).
         max_retained: read at most this many known facts before and after.
         general: the shipped prose (`general`), or a text file, a passage a paragraph.
         general_tokens: read at most this many tokens of it.
@@ -82,7 +88,34 @@ class FineTune:
             raise ValueError(f"{self.selection} is a selection of {said}s, not of {self.unit}s; leave the unit out.")
         return replace(self, unit=self.unit or said or "node")
 
+    def chosen(self) -> str:
+        """How LoKI's units are chosen, in words."""
+        if self.selection is not None:
+            return f"given, {Path(self.selection).name}"
+        by = "" if "random" in self.strategy else f" by {self.score}"
+        return f"{self.strategy}{by}, {self.quota:g}% of the {self.unit or 'node'}s"
+
     def settings(self) -> dict[str, Any]:
         """Every setting as plain values."""
         return asdict(self) | {"training": self.training.model_dump(), "rates": list(self.rates),
                                "layers": None if self.layers is None else list(self.layers)}  # fmt: skip
+
+    def check_out(self, out: Path) -> None:
+        """Raise unless the folder is new, empty, or holds this very fine-tune."""
+        if out.is_file():
+            raise ValueError(f"{out} is a file; give a folder as out.")
+        if out.is_dir() and not {entry.name for entry in out.iterdir()} <= BEGUN:
+            if not (out / "settings.json").is_file() or not (out / "stages").is_dir():
+                raise ValueError(f"{out} holds something that is not a fine-tune; give another folder as out.")
+            before, now = FineTune(self.data).settings() | load_json(out / "settings.json"), self.settings()
+            other = [name for name in now if before[name] != now[name]]
+            if other:
+                raise ValueError(
+                    f"{out} holds a fine-tune with another {other[0]} ({before[other[0]]!r}, not {now[other[0]]!r}); "
+                    "give another folder as out."
+                )
+        there = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise PermissionError(
+                f"{out} cannot be written: {there} is no folder that you may write to; give another out."
+            )

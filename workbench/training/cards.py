@@ -60,6 +60,7 @@ def card(
         "",
         f"- trained on: `{summary['facts']}`, {summary['examples']} prompts",
         f"- trained numbers: {summary['trainable_parameters']:,} of {summary['parameters']:,}",
+        *([f"- rank: {summary['rank']}"] if summary.get("rank") else []),
         f"- {summary['steps']} steps, learning rate {summary['learning_rate']:g}, seed {summary['seed']}",
         f"- trained prompts answered: {summary['efficacy']:.0%}",
         *(f"- {name}: {figure}" for name, figure in (numbers or {}).items()),
