@@ -140,7 +140,9 @@ class LokiConfig(PeftConfig):
             raise ValueError(f"r must be 0 (the rows in full) or a positive whole rank, got {self.r!r}.")
         self.r = rank
         alpha = self.loki_alpha
-        if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, Real) or not 0 < alpha < math.inf):
+        if alpha is not None and (
+            isinstance(alpha, bool) or not isinstance(alpha, Real) or not 0 < float(alpha) < math.inf
+        ):
             raise ValueError(f"loki_alpha must be a positive number, got {alpha!r}.")
         if self.r == 0 and (self.loki_alpha is not None or self.use_rslora):
             raise ValueError("loki_alpha and use_rslora scale the low-rank form; give r > 0 or leave them out.")
