@@ -15,7 +15,7 @@ import workbench as wb
 from workbench.facts import general_text
 from workbench.figures import suppression_curves
 from workbench.reporting import places, publish
-from workbench.results import provenance
+from workbench.results import digest_of, provenance
 from workbench.suppression import suppression_curve
 
 HERE = Path(__file__).resolve().parent.parent
@@ -48,9 +48,10 @@ def main(arguments: list[str] | None = None) -> Path:
     steps = 1 if options.smoke else None
     place = options.out / f"scores-{options.unit}-{chosen.digest[:12]}.zarr"
     scores = wb.attribute(model, chosen, unit=options.unit, steps=steps, out=place)
+    parts = options.out / f"parts-{digest_of([chosen.digest, read.digest, options.quotas, options.tokens, seed])[:12]}"
     frame = suppression_curve(
         model, scores, read, quotas=options.quotas, seeds=(seed, seed + 1, seed + 2), general=general_text(),
-        max_tokens=options.tokens, seed=seed, parts=options.out / "parts", progress=True,
+        max_tokens=options.tokens, seed=seed, parts=parts, progress=True,
     )  # fmt: skip
     settings = {name: value for name, value in vars(options).items() if name not in ("out", "figures")}
     settings |= {name: Path(settings[name]).name for name in ("model", "facts")}  # no folders of this machine

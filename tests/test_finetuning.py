@@ -241,7 +241,6 @@ def test_every_method_is_restricted_to_layers_alike(inputs, tmp_path, monkeypatc
         "c": (["--method", "ia3", "--layers", "1"], {1}),
         "d": (["--layers", "0", "1"], {0, 1}),  # loki selects there only
         "e": (["--selection", str(rows), "--layers", "0"], {0}),
-        "f": (["--method", "lora"], {0, 1, 2}),
         "g": (["--method", "full", "--selection", str(rows)], {0, 2}),
         "h": (["--method", "ln_tuning", "--layers", "1"], {1}),
     }
