@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from typing import NamedTuple, TypeGuard
 
@@ -35,18 +34,9 @@ class ScoreSource(NamedTuple):
         step = max(1, CHUNK_BYTES // (4 * n_layers * n_units) // unit) * unit
         where = {int(layer): i for i, layer in enumerate(self.scores["layer"].values)}
         wanted = [where[layer] for layer in self.layers]
-
-        def read(start: int) -> np.ndarray:
+        for start in range(0, n_facts, step):
             values = np.asarray(self.scores.isel(fact=slice(start, start + step)).values)
-            return self.transform(values if wanted == list(range(n_layers)) else values[:, wanted])
-
-        with ThreadPoolExecutor(max_workers=1) as ahead:  # the next chunk is read while this one is counted
-            coming = ahead.submit(read, 0)
-            for start in range(0, n_facts, step):
-                chunk = coming.result()
-                if start + step < n_facts:
-                    coming = ahead.submit(read, start + step)
-                yield start, chunk
+            yield start, self.transform(values if wanted == list(range(n_layers)) else values[:, wanted])
 
 
 def marks(scores: np.ndarray, k: int) -> np.ndarray:
@@ -126,13 +116,12 @@ def tally(source: ScoreSource, count_votes: Callable[[np.ndarray], np.ndarray]) 
     count = np.zeros((len(source.layers), source.n_units), dtype=np.int64)
     total, largest = np.zeros(count.shape), np.zeros(count.shape)
     for start, chunk in source.chunks():
-        for row in range(len(count)):  # one layer at a time stays in the processor's cache
-            part = chunk[:, row].sum(axis=0, dtype=np.float64)
-            if not np.isfinite(part).all():
-                _check_finite(chunk, source, start)
-            total[row] += part
-            np.maximum(largest[row], chunk[:, row].max(axis=0), out=largest[row])
-            np.maximum(largest[row], -chunk[:, row].min(axis=0), out=largest[row])
+        part = chunk.sum(axis=0, dtype=np.float64)
+        if not np.isfinite(part).all():
+            _check_finite(chunk, source, start)
+        total += part
+        np.maximum(largest, chunk.max(axis=0), out=largest)
+        np.maximum(largest, -chunk.min(axis=0), out=largest)
         count += count_votes(chunk)
     n_facts = int(source.scores.sizes["fact"])
     return Tally(count, total, largest * (n_facts**2 * 2.0**-52))
