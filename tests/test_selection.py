@@ -393,15 +393,6 @@ def test_keep_breaks_ties_by_mean_then_index():
     assert np.flatnonzero(keep(count, mean, 1)).tolist() == [2]
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("shift", [0.0, -3.0, 3.0])
-def test_the_cut_is_the_kth_of_the_sorted_scores(dtype: type, shift: float) -> None:
-    scores = np.round(np.random.default_rng(0).normal(shift, 1, size=(40, 33)), 1).astype(dtype)
-    scores[0, :3] = [-0.0, 0.0, np.finfo(np.float32).tiny / 4]
-    for k in (1, 7, 33):
-        np.testing.assert_array_equal(voting.lowest(scores, k)[:, 0], np.sort(scores, axis=1)[:, k - 1])
-
-
 def test_the_strategies_that_settings_name_are_those_that_take_one_quota() -> None:
     assert NAMED.replace(" or ", ", ").split(", ") == [name for name in STRATEGIES if name != "per_layer_budget"]
 
