@@ -3,11 +3,11 @@
 Every arm is taught invented facts with the same method until its training loss (plain cross-entropy of an epoch) is at
 or below the same value. Arms: all facts; the facts that `spread`, `band` and `near_diverse` keep, by the distance of
 the base model; as many drawn at random, and as many with the lowest loss, as controls; all facts with sample weights
-(beta of both signs, and the control whose weights go to the wrong facts), with token weights, and with the semantic
-term; and full fine-tuning. Measured on the facts kept and on all: answers, drift (d_emb, and the share pushed away by
-more than paraphrases differ); and forgetting: known facts, and KL on prose. The seed moves initialisation, the order of
-training, and the random drop. Publishes `figures/filter_and_weights.*`; every trial is kept, and a second start does
-only what is missing.
+(beta of both signs), with token weights, and with the semantic term, each also as its control, whose weights or
+meanings go to the wrong facts or tokens; and full fine-tuning. Measured on the facts kept and on all: answers, drift
+(d_emb, and the share pushed away by more than paraphrases differ); and forgetting: known facts, and KL on prose. The
+seed moves initialisation, the order of training, the random drop, and the controls. Publishes
+`figures/filter_and_weights.*`; every trial is kept, and a second start does only what is missing.
 
     python analyses/filter_and_weights.py            # the whole study, about an hour on two cores
     python analyses/filter_and_weights.py --smoke    # the same way on few facts, arms and epochs, for tests
@@ -43,8 +43,11 @@ WHOLE: dict[str, dict[str, Any]] = {
     "sample": {"loss": "sample", "beta": 1.0},
     "sample_negative": {"loss": "sample", "beta": -1.0},
     "sample_permuted": {"loss": "sample", "beta": 1.0, "permuted": True},
+    "sample_negative_permuted": {"loss": "sample", "beta": -1.0, "permuted": True},
     "token": {"loss": "token", "gamma": 1.0},
+    "token_permuted": {"loss": "token", "gamma": 1.0, "permuted": True},
     "soft": {"loss": "soft", "soft_weight": 1.0},
+    "soft_permuted": {"loss": "soft", "soft_weight": 1.0, "permuted": True},
     "full": {},
 }
 #: (suite, metric) -> what the printed table calls it.

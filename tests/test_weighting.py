@@ -259,6 +259,19 @@ def test_the_permuted_control_keeps_the_weights_and_gives_them_to_others() -> No
     assert not same(trained("sample")[1], trained("sample", permuted=True)[1])
 
 
+def test_the_permuted_term_measures_by_the_meanings_of_other_tokens() -> None:
+    logits, labels, W_E = given_batch()
+    right, wrong, again = (semantic_loss("soft", W_E, permuted=p, seed=3) for p in (False, True, True))
+    assert torch.equal(wrong.W_E, again.W_E)
+    assert not torch.equal(wrong.W_E, W_E)
+    order = [int((row == W_E).all(-1).nonzero()) for row in wrong.W_E]
+    assert sorted(order) == list(range(len(W_E)))
+    expected, _ = literal("soft", logits, labels, W_E[order], soft_weight=1.0)
+    assert float(wrong({"logits": logits}, labels)) == pytest.approx(expected, rel=1e-5)
+    assert abs(float(right({"logits": logits}, labels)) - expected) > 1e-3
+    assert wrong.summary() == {"loss": "soft", "soft_weight": 1.0, "permuted": True}
+
+
 def test_examples_have_sample_weights_too() -> None:
     data = ExampleSet("mine", (Example("a", "one two", " three four"), Example("b", "the sky is", " red")))
     run, _ = trained("sample", "lora", data)
@@ -324,7 +337,7 @@ def test_what_does_not_fit_is_one_sentence() -> None:
         ("nearest", {}, "'training.loss' does not fit"),
         ("token", {"gamma": -1.0}, "'training.gamma' does not fit"),
         ("sample", {"clip": 0.5}, "'training.clip' does not fit"),
-        ("soft", {"permuted": True}, "have weights to permute"),
+        ("plain", {"permuted": True}, "has nothing to permute"),
     ):
         with pytest.raises(ValueError, match=message) as error:
             semantic_loss(kind, torch.eye(3), **changes)
@@ -353,7 +366,7 @@ def test_the_flags_of_the_command_reach_the_training(monkeypatch, tmp_path, caps
     monkeypatch.setattr("workbench.finetuning.finetune", noted)
     flags = "--loss sample --beta -1.5 --clip 3 --refresh 7 --gamma 2 --soft-weight 4 --permuted"
     arguments = ["workbench", "implant", "--data", "fictional:2", "--out", str(tmp_path / "out"), *flags.split()]
-    for last, told in (("sample", "seen"), ("soft", "only the losses sample and token have weights to permute")):
+    for last, told in (("sample", "seen"), ("plain", "the plain loss has nothing to permute")):
         monkeypatch.setattr(sys, "argv", [last if one == "sample" else one for one in arguments])
         with pytest.raises(SystemExit):
             cli.main()

@@ -78,13 +78,15 @@ class TrainConfig(_Section):
     refresh: int = Field(20, ge=1, description="sample: weights are computed anew every so many steps")
     gamma: float = Field(1.0, ge=0, description="token: how much more a token weighs that is far from its target")
     soft_weight: float = Field(1.0, ge=0, description="soft: weight of the semantic distance beside cross-entropy")
-    permuted: bool = Field(False, description="sample, token: the control whose weights go to others, drawn by seed")
+    permuted: bool = Field(
+        False, description="the control, drawn by seed: weights (sample, token) or meanings (soft) go to others"
+    )
 
     @field_validator("permuted")
     @classmethod
     def _weights(cls, permuted: bool, info: Any) -> bool:
-        if permuted and info.data.get("loss", "sample") not in ("sample", "token"):
-            raise ValueError("only the losses sample and token have weights to permute")
+        if permuted and info.data.get("loss") == "plain":
+            raise ValueError("the plain loss has nothing to permute: sample, token and soft have")
         return permuted
 
 

@@ -77,7 +77,8 @@ def implant_command(
     gamma: Annotated[float, Parameter(help="token: how much more a token far from its target weighs")] = 1.0,
     soft_weight: Annotated[float, Parameter(help="soft: weight of the semantic distance")] = 1.0,
     permuted: Annotated[
-        bool, Parameter(negative="", help="sample, token: the control, weights given to others")
+        bool,
+        Parameter(negative="", help="the control of loss: weights (sample, token) or meanings (soft) go to others"),
     ] = False,
     rule: Annotated[
         Literal["all", "spread", "band", "near_diverse", "random", "loss"],

@@ -32,7 +32,7 @@ READS: dict[str, tuple[str, ...]] = {
     "plain": (),
     "sample": ("beta", "clip", "refresh", "permuted"),
     "token": ("gamma", "permuted"),
-    "soft": ("soft_weight",),
+    "soft": ("soft_weight", "permuted"),
 }
 
 
@@ -76,6 +76,8 @@ class SemanticLoss:
         self.settings, self.W_E = settings, W_E.detach().clone()
         self.weights: Float[Tensor, " sample"] | None = None
         self._draw = np.random.default_rng(settings.seed)
+        if settings.loss == "soft":
+            self.W_E = self.permuted(self.W_E, self._draw)
         self._since = self._whole = Tally()
 
     def __call__(
@@ -99,9 +101,9 @@ class SemanticLoss:
         weights = sample_weights(distance, self.settings.beta, self.settings.clip)
         return self.permuted(weights, np.random.default_rng(self.settings.seed))
 
-    def permuted(self, weights: Float[Tensor, " n"], draw: np.random.Generator) -> Float[Tensor, " n"]:
-        """The weights in another order for the permuted control, else as they are."""
-        return weights[torch.from_numpy(draw.permutation(len(weights)))] if self.settings.permuted else weights
+    def permuted(self, rows: Float[Tensor, "n ..."], draw: np.random.Generator) -> Float[Tensor, "n ..."]:
+        """Weights, or meanings, in another order for the permuted control, else as they are."""
+        return rows[torch.from_numpy(draw.permutation(len(rows)))] if self.settings.permuted else rows
 
     def taken(self) -> dict[str, float]:
         """Columns of a history since this was last asked: plain `nll` (nats per learned token), and the weights."""
@@ -184,7 +186,8 @@ def semantic_loss(
         clip: `sample`: weights lie between 1/clip and clip.
         gamma: `token`: how much more a token weighs whose greedy choice means something else.
         soft_weight: `soft`: weight of the term.
-        permuted: `sample` and `token`: the control that gives weights to the wrong samples or tokens of a batch.
+        permuted: the control: `sample` and `token` give weights to the wrong samples or tokens of a batch; `soft`
+            gives every token of the vocabulary the meaning of another, drawn once.
         seed: of that control.
 
     Raises:
