@@ -1,5 +1,6 @@
 import copy
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -7,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -146,6 +149,27 @@ def test_conformance(family, variant, tmp_path):
         layer = next(int(part) for part in name.split(".") if part.isdigit())
         along = next(i for i, size in enumerate(before[name].shape) if size == touched)
         assert set(moved[:, along].tolist()) <= set(ROWS[layer])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("product", [False, True])
+def test_an_input_that_autograd_keeps_in_factors_is_not_kept_again(product, packed):
+    """The input of a gated FFN's down-projection is a product; hooks that pack what is kept are left their timing."""
+    base, rows = torch.nn.Linear(24, 16).requires_grad_(False), torch.tensor(ROWS[0])
+    gate, up = (torch.randn(2, 7, 24, requires_grad=True) for _ in range(2))
+    delta = torch.randn(len(rows), 24, requires_grad=True)
+    kept = []
+    with saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x) if packed else nullcontext():
+        x = gate * up if product else gate + up
+        y = folding.folded(base, x, delta, None, rows, 0)
+    held = [one for one in y.grad_fn.saved_tensors if one is not None]
+    assert any(one.shape == x.shape for one in held) == (packed or not product)
+    assert any(one.data_ptr() == x.data_ptr() for one in kept) == packed
+    weight = base.weight.clone().requires_grad_()
+    found = torch.autograd.grad(y.square().sum(), (delta, gate, up))
+    literal = F.linear(gate * up if product else gate + up, weight.index_add(0, rows, delta), base.bias)
+    wanted = torch.autograd.grad(literal.square().sum(), (delta, gate, up))
+    assert all(torch.allclose(one, other, rtol=1e-5, atol=1e-5) for one, other in zip(found, wanted, strict=True))
 
 
 @pytest.mark.parametrize("unit", ["node", "neuron"])

@@ -19,7 +19,8 @@ class Folded(torch.autograd.Function):
     """`y = x (W + D)^T + b`, D zero but for some rows (dim 0) or columns (dim 1), which alone get a gradient.
 
     `part` is what the gradient of D reads of x: all of it, or for columns theirs. For the backward pass it is kept, and
-    what exists anyway: W and D. The copy of W is made again there.
+    what exists anyway: W and D. The copy of W is made again there, and so is `part` where x is a product, as in a gated
+    FFN, whose two factors autograd keeps for themselves.
     """
 
     @staticmethod
@@ -33,13 +34,15 @@ class Folded(torch.autograd.Function):
         dim: int,
     ) -> Float[Tensor, "*batch d_out"]:
         """Project by the copy."""
-        return F.linear(x, weight.index_add(dim, index, delta), bias)
+        return F.linear(x, changed(weight, delta, index, dim), bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Keep what the gradients need."""
-        _, part, weight, _, delta, index, ctx.dim = inputs
-        ctx.save_for_backward(part if ctx.needs_input_grad[4] else None, weight, delta, index)
+        x, part, weight, _, delta, index, ctx.dim = inputs
+        ctx.product = x.grad_fn if part is x and is_kept_in_factors(x) else None
+        keeps = ctx.needs_input_grad[4] and ctx.product is None
+        ctx.save_for_backward(part if keeps else None, weight, delta, index)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -49,13 +52,34 @@ class Folded(torch.autograd.Function):
         rows = grad.flatten(0, -2)
         by_x = by_bias = by_delta = None
         if ctx.needs_input_grad[0]:
-            by_x = grad @ weight.index_add(ctx.dim, index, delta)
+            by_x = grad @ changed(weight, delta, index, ctx.dim)
         if ctx.needs_input_grad[3]:
             by_bias = rows.sum(0)
         if ctx.needs_input_grad[4]:
+            part = part if ctx.product is None else ctx.product._saved_self * ctx.product._saved_other
             outputs = rows.index_select(-1, index) if ctx.dim == 0 else rows
             by_delta = outputs.T @ part.flatten(0, -2)
         return by_x, None, None, by_bias, by_delta, None, None
+
+
+def changed(
+    weight: Float[Tensor, "d_out d_in"], delta: Float[Tensor, "n_out n_in"], index: Int[Tensor, " trained"], dim: int
+) -> Float[Tensor, "d_out d_in"]:
+    """W + D, laid out in memory as W is (that of a `Conv1D` is transposed), so that products with both round alike."""
+    if weight.is_contiguous():
+        return weight.index_add(dim, index, delta)
+    return weight.T.index_add(1 - dim, index, delta.T).T
+
+
+def is_kept_in_factors(x: Tensor) -> bool:
+    """Say whether x is a product of two tensors that autograd keeps until after the backward pass of what x feeds.
+
+    Not where hooks pack what is kept (checkpointing, offloading): unpacking is theirs to time.
+    """
+    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if hooks is None or hooks(True) is not None or type(x.grad_fn).__name__ != "MulBackward0":
+        return False
+    return x.grad_fn._saved_self is not None and x.grad_fn._saved_other is not None  # type: ignore[union-attr]
 
 
 def is_plain(weight: object) -> bool:
