@@ -12,8 +12,20 @@ import torch
 import xarray as xr
 from tiny import FACTS, random_model, tiny, tokenizer
 
+from workbench.attribution import attribute
+from workbench.interfere import cross
 from workbench.intervals import jackknifed
-from workbench.learning import averages, behaviour, effective_rank, harm, learner, learnt, natural_rate
+from workbench.learning import (
+    averages,
+    behaviour,
+    effective_rank,
+    foresee,
+    foreseeing,
+    harm,
+    learner,
+    learnt,
+    natural_rate,
+)
 from workbench.learning.learner import gradients, unlocked
 from workbench.learning.together import Read, _against_shuffled, _per_fact, _per_layer, _without_each, suppression
 from workbench.models import HookedModel, load_model
@@ -223,6 +235,25 @@ def test_harm_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.M
         harm(model, FEW, rate=0.01, steps=2, out=out, progress=False)
     fresh = harm(model, FEW, rate=0.01, steps=2, out=out, resume=False, progress=False)
     assert fresh.attrs["steps"] == open_result(out).attrs["steps"] == 2
+
+
+def test_suppression_read_for_a_prediction_is_kept_when_the_harm_is_cut_off(tmp_path: Path, monkeypatch) -> None:
+    """Among the facts of two attributions together; a second call reads what is kept and says the same."""
+    model = double("gpt2")
+    halves = [FACTS.filter(ids=ids) for ids in (FACTS.ids[:5], FACTS.ids[5:])]
+    scores = [attribute(model, half, steps=1, progress=False) for half in halves]
+    how = {"metrics": ["suppression"], "top": 25.0, "seed": 1, "progress": False}
+    whole, told = foresee(model, FACTS, scores, out=tmp_path / "whole.zarr", **how)
+    with monkeypatch.context() as patch:
+        patch.setattr(foreseeing, "harm", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            foresee(model, FACTS, scores, out=tmp_path / "harm.zarr", parts=tmp_path / "parts", **how)
+    monkeypatch.setattr(cross, "_drops", lambda *args, **kwargs: pytest.fail("was read before"))
+    frame, about = foresee(model, FACTS, scores, out=tmp_path / "harm.zarr", parts=tmp_path / "parts", **how)
+    pd.testing.assert_frame_equal(frame, whole)
+    assert about == told
+    with pytest.raises(pytest.fail.Exception, match="was read before"):  # the control: other draws were never read
+        foresee(model, FACTS, scores, out=tmp_path / "harm.zarr", parts=tmp_path / "other", **how)
 
 
 def test_a_stored_harm_is_the_same_and_a_broken_one_is_refused(tmp_path: Path) -> None:

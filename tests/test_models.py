@@ -31,6 +31,13 @@ def test_widths_come_from_tensors_and_logits_equal_plain_transformers(kind: str)
     assert (bridged - expected).abs().max() <= 2e-5 * expected.abs().max()
 
 
+def test_what_a_notebook_shows_of_a_model_is_one_line() -> None:
+    shown = repr(tiny("llama"))
+    assert "\n" not in shown
+    for part in ("3 layers", "32 nodes", "40 neurons", "float32 on cpu"):
+        assert part in shown
+
+
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_on_either_side_changes_no_logits(kind: str, side: str) -> None:

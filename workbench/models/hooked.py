@@ -59,6 +59,10 @@ class HookedModel:
     down_names: tuple[str, ...]
     path: Path | None = None
 
+    def __repr__(self) -> str:
+        sizes = f"{self.n_layers} layers, {self.d_model} nodes and {self.d_mlp} neurons each, {self.d_vocab} tokens"
+        return f"HookedModel({self.name!r}: {sizes}, {str(self.dtype).removeprefix('torch.')} on {self.device})"
+
     @property
     def config(self) -> Any:
         """The transformers configuration."""
