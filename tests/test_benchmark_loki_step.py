@@ -37,6 +37,10 @@ def test_a_smoke_run_times_every_way(bench: ModuleType, tmp_path: Path, monkeypa
     for name, way in ways.items():
         assert len(way["seconds"]) == len(way["cpu_seconds"]) == 2
         assert way["against_lora"] == pytest.approx(way["median_seconds"] / ways["lora"]["median_seconds"])
+        (one, other), (a, b) = way["seconds"], ways["lora"]["seconds"]
+        pair = way["against_lora_paired"]
+        assert pair["mean"] == pytest.approx((one * other / (a * b)) ** 0.5)
+        assert (pair["low"], pair["high"]) == pytest.approx(tuple(sorted((one / a, other / b))))
         assert way["peak_mib"] == measured[name]
         assert way["peak_against_lora"] == pytest.approx(measured[name] / 200)
     assert [ways[name]["parameters"] for name in ("loki", "split")] == [2 * 3 * 64] * 2
