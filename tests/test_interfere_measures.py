@@ -101,6 +101,10 @@ def test_order_company_and_batches_of_facts_change_no_value(metric: str, llama, 
     assert metric != "gradient" or groups == [[0], [1], [2]]  # a layer at a time
     wanted = everything["value"].sel(metric=metric).isel(fact=order, other=order)
     np.testing.assert_allclose(fewer["value"].sel(metric=metric), wanted, atol=1e-5)
+    turned = measured(tiny("llama"), [metric], scores=scores.isel(fact=order, layer=[2, 0, 1]), seed=7)
+    for column in ("value", "matched_chance", "load"):
+        np.testing.assert_allclose(turned[column], fewer[column].sel(layer=[2, 0, 1]), atol=1e-5)
+    assert np.abs(turned["value"].values - fewer["value"].values).max() > 1e-3  # the control: layers differ
     again = measured(tiny("llama"), [metric], scores=scores.isel(fact=order), seed=7)
     np.testing.assert_array_equal(again["p_value"], fewer["p_value"])
     assert list(fewer["relation"]) == [FACTS[str(i)].relation for i in fewer["fact"].values]
@@ -197,7 +201,7 @@ def test_conflict_rates_are_shares_of_pairs(llama) -> None:
 
 def test_a_result_says_how_many_draws_judge_its_pairs_and_one_draw_judges_none(llama) -> None:
     _, found = llama
-    assert found.attrs["unit_draws"] == {name: 1 if name == "suppression" else 19 for name in ALL}
+    assert found.attrs["unit_draws"] == {name: {"suppression": 1, "gradient": 19}.get(name, 199) for name in ALL}
     few = {"gradient": gradients.MATCHED, "suppression": 1}
     assert found.attrs["matched_draws"] == {name: few.get(name, 19) for name in ALL}
     assert np.isnan(found["level"].sel(metric="suppression")).all()

@@ -1,5 +1,7 @@
 """Nulls, intervals and corrections: literal loops, hand-worked examples, and calibration on data without structure."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from workbench.facts import FactSet
 from workbench.interfere import interference
-from workbench.interfere.measures import _of_chance
+from workbench.interfere.measures import METRICS, _of_chance
 from workbench.interfere.nulls import (
     BIN,
     DRAWS,
@@ -262,12 +264,42 @@ def test_pairs_collide_by_chance_in_one_result_of_twenty(harmful: int) -> None:
                 by_chance(lambda order, x=x: products(x, order), 5, np.ones(48), generator=generator, matched=1)
                 for x in values
             ]
-            level = _of_chance(list(zip(*layers, strict=True)), harmful)["level"]
+            level = _of_chance(list(zip(*layers, strict=True)), replace(METRICS["superposition"], harmful=harmful))[
+                "level"
+            ]
             pairs = np.stack([products(x)[np.triu_indices(5, 1)] for x in values])
             beyond.append((harmful * (pairs - level[:, None]) > 0).any(1))
     assert 0.015 < np.mean([any(of) for of in found]) < 0.085  # 5% within binomial error
     assert np.mean([of[2] for of in planted]) > 0.95
     assert np.mean([of[[0, 1, 3]].any() for of in planted]) < 0.085
+
+
+def test_the_level_of_a_bounded_measure_can_be_reached_beside_a_layer_of_few_loud_units() -> None:
+    """Cosines of four layers, in one of which chance comes near to 1: found there or elsewhere in one result of 20."""
+    generator, loudness = np.random.default_rng(7), np.array([0.5, 2.5, 0.5, 0.5])[:, None, None]
+    found, planted, levels, unbounded = [], [], [], []
+    for repetition in range(200):
+        scores = np.exp(loudness * generator.normal(size=(4, 5, 48)))
+        shared = scores.copy()
+        shared[2, 1] = shared[2, 0] * np.exp(0.1 * generator.normal(size=48))
+        for values, beyond in ((scores, found), (shared, planted))[: 2 if repetition < 60 else 1]:
+            unit = values / np.linalg.norm(values, axis=2, keepdims=True)
+            layers = [
+                by_chance(
+                    lambda order, x=x: products(x, order), 5, np.ones(48), generator=generator, free=39, matched=1
+                )
+                for x in unit
+            ]
+            draws = list(zip(*layers, strict=True))
+            level, free = (_of_chance(draws, replace(METRICS["cosine"], bounded=b))["level"] for b in (True, False))
+            pairs = np.stack([products(x)[np.triu_indices(5, 1)] for x in unit])
+            beyond.append((pairs > level[:, None]).any(1))
+            levels.append(level)
+            unbounded.append(free)
+    assert np.max(levels) < 1 < np.max(unbounded)  # the control: levels that no cosine has
+    assert 0.01 < np.mean([any(of) for of in found]) < 0.1  # 5% within binomial error
+    assert np.mean([of[2] for of in planted]) > 0.95
+    assert np.mean([of[[0, 1, 3]].any() for of in planted]) < 0.1
 
 
 def products(values: np.ndarray, order: np.ndarray | None = None) -> np.ndarray:

@@ -252,6 +252,8 @@ def test_suppression_read_for_a_prediction_is_kept_when_the_harm_is_cut_off(tmp_
     frame, about = foresee(model, FACTS, scores, out=tmp_path / "harm.zarr", parts=tmp_path / "parts", **how)
     pd.testing.assert_frame_equal(frame, whole)
     assert about == told
+    kept = open_result(tmp_path / "harm.zarr")
+    assert list(kept["text"].values) == list(kept["other_text"].values) == list(FACTS.texts.values())
     with pytest.raises(pytest.fail.Exception, match="was read before"):  # the control: other draws were never read
         foresee(model, FACTS, scores, out=tmp_path / "harm.zarr", parts=tmp_path / "other", **how)
 

@@ -260,6 +260,24 @@ def test_wrong_inputs_are_named() -> None:
         predicts(interference, harm.assign(reached=harm["reached"].where(harm["other"] != "f0")))
 
 
+def test_results_of_other_facts_with_the_same_ids_are_not_joined() -> None:
+    interference, harm = planted()
+    ids = [str(name) for name in harm["fact"].values]
+    asked = interference.assign_coords(text=("fact", ids))
+    for read, learnt, refused in ((ids, ids, False), (["x", *ids[1:]], ids, True), (ids, [*ids[:-1], "x"], True)):
+        told = harm.assign_coords(text=("fact", read), other_text=("other", learnt))
+        if refused:
+            name = ids[0] if read != ids else ids[-1]
+            with pytest.raises(ValueError, match=f"Fact '{name}' has another prompt or answer in the interference"):
+                predicts(asked, told, permutations=9)
+        else:
+            pd.testing.assert_frame_equal(
+                predicts(asked, told, permutations=9), predicts(interference, harm, permutations=9)
+            )
+    some = told.isel(other=slice(0, -1))
+    assert len(predicts(asked, some, permutations=9))  # the fact that differs is not common to both
+
+
 def test_a_measure_whose_other_one_suffers_is_turned_before_it_is_compared() -> None:
     """Superposition has the edited fact first: harm that follows it is found only with the two exchanged."""
     draw = np.random.default_rng(5)

@@ -46,7 +46,8 @@ def suppression(problem: Problem) -> Iterator[Found]:
     n_facts = len(problem.tokens)
     n_sets = (2 + problem.draws) * n_facts
     drop = np.zeros((len(layers), n_facts, n_sets), dtype=np.float64)
-    queries = [(place, j) for place in range(len(layers)) for j in range(n_sets)]
+    order = sorted(range(len(layers)), key=layers.__getitem__)  # the engine's: by layer
+    queries = [(place, j) for place in order for j in range(n_sets)]
     with tqdm(total=n_facts * len(queries), unit="query", desc="suppression", disable=not problem.progress) as bar:
         for batch in batches:
             facts = [problem.tokens[i] for i in batch]
@@ -59,7 +60,7 @@ def suppression(problem: Problem) -> Iterator[Found]:
             kept = problem.parts.rows(f"suppression of {[fact.fact_id for fact in facts]}", measured)
             bar.update(before + len(batch) * len(queries) - bar.n)
             for i, row in zip(batch, kept, strict=True):
-                drop[:, i] = np.array(row["drop"]).reshape(len(layers), -1)
+                drop[order, i] = np.array(row["drop"]).reshape(len(layers), -1)
     for place in range(len(layers)):
         own, *shuffled, matched = np.split(drop[place], 2 + problem.draws, axis=1)
         yield Found(own, [drawn(one) for one in shuffled], [drawn(matched)], "|activation| at the last prompt token")
@@ -95,7 +96,7 @@ def _points(
 ) -> dict[int, Float[Tensor, "batch query moved unit"]]:
     """The clean activations of every layer's queries with their sets at zero, by the place of the layer."""
     points = {}
-    for place in sorted({place for place, _ in queries}):
+    for place in dict.fromkeys(place for place, _ in queries):
         whose = [j for at, j in queries if at == place]
         value = repeat(clean.activation[layers[place]], "b m u -> b n m u", n=len(whose)).clone()
         for query, j in enumerate(whose):

@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from workbench.interfere.moments import Moment, second_moments
-from workbench.interfere.nulls import by_chance
+from workbench.interfere.nulls import MANY, by_chance
 from workbench.interfere.problem import Found, Matrix, Problem
 from workbench.models import Patch, pad_batch
 from workbench.recollection import by_length
@@ -43,7 +43,7 @@ def _superposition(problem: Problem, text: Iterator[tuple[int, Moment]]) -> Iter
             return _projections(np.take_along_axis(white, order, axis=1))
 
         size = np.abs(white).mean(0)
-        nulls = by_chance(again, len(white), size, generator=problem.generator(layer))
+        nulls = by_chance(again, len(white), size, generator=problem.generator(layer), free=MANY)
         notes = {"text_tokens": moment.tokens, "keys_at_last_token": fallen_back, "shrinkage": [shrinkage]}
         yield Found(_projections(white), *nulls, "|whitened key|", notes=notes)
 

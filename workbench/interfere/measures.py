@@ -24,6 +24,9 @@ from workbench.intervals import DRAWS, benjamini_hochberg
 from workbench.models import HookedModel, check_unit
 from workbench.results import Parts, check_asked, check_made_with, validate_interference
 
+#: What is nearer to 1 counts as this much in Fisher's z, which has no end there.
+NEAR_ONE = 0.9999
+
 
 @dataclass(frozen=True)
 class Measure:
@@ -36,6 +39,7 @@ class Measure:
         needs_model: whether it runs the model, or reads scores only.
         suffers: which of the two a value is about: "fact" under "other", or the other way round.
         harmful: whether larger values mean more harm (1), or less (-1).
+        bounded: whether no value lies beyond 1 or -1.
         about: what a value is, with its unit.
     """
 
@@ -46,14 +50,15 @@ class Measure:
     about: str
     suffers: Literal["fact", "other"] = "fact"
     harmful: Literal[1, -1] = 1
+    bounded: bool = False
 
 
 #: Every measure, by the name that users give.
 METRICS: dict[str, Measure] = {
-    "cosine": Measure(cosine_overlap, True, False, False, "cosine of |scores|"),
-    "jaccard": Measure(jaccard_overlap, True, False, False, "shared share of the top units"),
+    "cosine": Measure(cosine_overlap, True, False, False, "cosine of |scores|", bounded=True),
+    "jaccard": Measure(jaccard_overlap, True, False, False, "shared share of the top units", bounded=True),
     "superposition": Measure(superposition, False, True, True, "projection of whitened keys", suffers="other"),
-    "gradient": Measure(gradient, True, True, True, "cosine of gradients", harmful=-1),
+    "gradient": Measure(gradient, True, True, True, "cosine of gradients", harmful=-1, bounded=True),
     "suppression": Measure(suppression, False, True, True, "drop of log P(answer), nats"),
 }
 
@@ -86,7 +91,7 @@ def interference(
         top: size of the top sets of "jaccard" and "suppression", in percent of a layer's units.
         permutations: draws of the nulls that shuffle facts.
         draws: of random units in the place of every fact's own, for "suppression": from 19 on its pairs are judged, at
-            seven times the cost of one; the other measures, which run no pass for a draw, always have 19.
+            seven times the cost of one; the other measures, which run no pass for a draw, always have 19 or more.
         seed: of all draws; written into the result.
         text: passages of general text for "superposition"; None is the shipped prose.
         memory: GiB that may be taken beside the model; None is half of what is free.
@@ -100,8 +105,8 @@ def interference(
         of facts of the same relation and of different ones, both directions averaged); `difference` with its 95%
         interval over facts `low`..`high`; the 95% band of shuffled relations `null_low`..`null_high`, two-sided
         `p_value`, and `q_value` (Benjamini-Hochberg over the layers of the metric); `chance`, what the largest value of
-        any two facts reaches when every fact's units are shuffled, in `unit_draws` draws (an attribute, by metric: n
-        draws are exceeded by chance in one layer of n + 1), and `matched_chance` when they are shuffled among units of
+        any two facts reaches when every fact's units are shuffled: what at most 5% of `unit_draws` draws exceed (an
+        attribute, by metric; the largest of fewer than 20), and `matched_chance` when they are shuffled among units of
         similar size only, in `matched_draws` draws; `expected`, the mean value of two facts when units are shuffled;
         `level`, beyond which a pair collides, corrected over layers (see `colliding_pairs`; NaN for "suppression" of
         fewer than 19 `draws`). The attribute `matched_on` says by metric in what units are similar, as a mean over
@@ -147,6 +152,7 @@ def interference(
             "fact": ids,
             "other": ids,
             "relation": ("fact", relations),
+            "text": ("fact", list(problem.facts.texts.values())),
         },
         attrs={
             **{k: attribution.attrs.get(k, "unknown") for k in ("unit", "method", "model_digest")},
@@ -263,18 +269,22 @@ def _filled(
             beside.setdefault(column, (("layer", "fact"), whole))[1][place] = numbers
         for key, note in found.notes.items():
             notes[key] = [*notes.get(key, []), *note] if isinstance(note, list) else note
-    return _of_chance(nulls, METRICS[name].harmful)
+    return _of_chance(nulls, METRICS[name])
 
 
-def _of_chance(nulls: Sequence[Sequence[Sequence[Draw]]], harmful: int) -> dict[str, np.ndarray]:
-    """What the draws of the free and of the matched null say of every layer; harm lies above (1) or below (-1)."""
+def _of_chance(nulls: Sequence[Sequence[Sequence[Draw]]], measure: Measure) -> dict[str, np.ndarray]:
+    """What the draws of the free and of the matched null say of every layer.
+
+    The level of a bounded measure is found by Fisher's z, so that it is one that pairs can reach.
+    """
     free, matched = nulls
-    ends = np.array([[draw.largest if harmful > 0 else -draw.smallest for draw in layer] for layer in free])
+    ends = np.array([[draw.largest if measure.harmful > 0 else -draw.smallest for draw in layer] for layer in free]).T
+    level = np.tanh(level_of_all(np.arctanh(ends.clip(-NEAR_ONE, NEAR_ONE)))) if measure.bounded else level_of_all(ends)
     return {
         "chance": np.array([chance_level([draw.largest for draw in layer]) for layer in free]),
         "matched_chance": np.array([chance_level([draw.largest for draw in layer]) for layer in matched]),
         "expected": np.array([np.mean([draw.mean for draw in layer]) for layer in free]),
-        "level": harmful * level_of_all(ends.T),
+        "level": measure.harmful * level,
     }
 
 

@@ -17,6 +17,8 @@ Values = Float[np.ndarray, "layer fact other"]
 
 #: Draws of shuffled units, the least by which pairs are judged: one result in 20 lies beyond all of them by chance.
 DRAWS = 19
+#: Draws where one costs no pass of the model.
+MANY = 199
 #: Units in a bin of the matched null: a unit is swapped only among its nearest in size.
 BIN = 16
 #: Differences below this share of the largest value are rounding when a null draw is compared with what was observed.
@@ -49,14 +51,14 @@ def matched_orders(n_facts: int, size: Float[np.ndarray, " unit"], generator: np
 
 def by_chance(
     again: Callable[[Order], Matrix], n_facts: int, size: Float[np.ndarray, " unit"], *,
-    generator: np.random.Generator, matched: int = DRAWS,
+    generator: np.random.Generator, free: int = DRAWS, matched: int = DRAWS,
 ) -> tuple[list[Draw], list[Draw]]:  # fmt: skip
-    """What `DRAWS` draws of shuffled units give, and `matched` draws of units shuffled within their bins.
+    """What `free` draws of shuffled units give, and `matched` draws of units shuffled within their bins.
 
     `again` gives the measure when fact i's unit u does what its unit `order[i, u]` did.
     """
-    free = [drawn(again(orders(n_facts, len(size), generator))) for _ in range(DRAWS)]
-    return free, [drawn(again(matched_orders(n_facts, size, generator))) for _ in range(matched)]
+    shuffled = [drawn(again(orders(n_facts, len(size), generator))) for _ in range(free)]
+    return shuffled, [drawn(again(matched_orders(n_facts, size, generator))) for _ in range(matched)]
 
 
 def drawn(matrix: Matrix) -> Draw:
@@ -82,23 +84,24 @@ def chance_level(largest: list[float]) -> float:
 def level_of_all(largest: Float[np.ndarray, "draw layer"]) -> Float[np.ndarray, " layer"]:
     """What the largest pair of each layer has to exceed, so that any layer does by chance in 5% of results at most.
 
-    The correction over layers. Every draw is set against the others in standard deviations of its layer (their square
-    half the layer's own variance, half the mean one, which steadies both); a layer's level lies above the mean of its
-    draws by the largest such distance of any draw in any layer. Of fewer than `DRAWS` draws no level is told: NaN.
+    The correction over layers. Every draw is set against the others in standard deviations of its layer, in which the
+    mean variance of all layers counts as much as `DRAWS` draws of the layer itself, which steadies few; a layer's level
+    lies above the mean of its draws by the distance of any layer that at most 5% of the draws exceed (`chance_level`).
+    Of fewer than `DRAWS` draws no level is told: NaN.
     """
 
     def spread(rows: Float[np.ndarray, "row layer"]) -> Float[np.ndarray, " layer"]:
-        own = rows.var(0, ddof=1)
-        return np.sqrt((own + own.mean()) / 2)
+        own, n = rows.var(0, ddof=1), len(largest)
+        return np.sqrt((n * own + DRAWS * own.mean()) / (n + DRAWS))
 
     if len(largest) < DRAWS:
         return np.full(largest.shape[1], np.nan)
-    farthest = 0.0
+    farthest = []
     for place, draw in enumerate(largest):
         others = np.delete(largest, place, axis=0)
         gap, scale = draw - others.mean(0), spread(others)
-        farthest = max(farthest, float(np.divide(gap, scale, out=np.zeros_like(gap), where=scale > 0).max()))
-    return largest.mean(0) + farthest * spread(largest)
+        farthest.append(max(0.0, float(np.divide(gap, scale, out=np.zeros_like(gap), where=scale > 0).max())))
+    return largest.mean(0) + chance_level(farthest) * spread(largest)
 
 
 def in_pairs(values: Values) -> Float[np.ndarray, "layer pair"]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from jaxtyping import Bool, Float
 
-from workbench.interfere.nulls import by_chance
+from workbench.interfere.nulls import MANY, by_chance
 from workbench.interfere.problem import Found, Matrix, Problem, Scores
 
 
@@ -68,7 +68,7 @@ def _overlaps(
             return combine(np.take_along_axis(made, order, axis=1))
 
         loud = problem.activation[scope][layer] if problem.has_units else np.abs(scores).mean(0).astype(np.float64)
-        nulls = by_chance(again, len(scores), loud, generator=problem.generator(layer))
+        nulls = by_chance(again, len(scores), loud, generator=problem.generator(layer), free=MANY)
         yield Found(combine(made), *nulls, matched_on)
 
 

@@ -22,8 +22,8 @@ def within_across(result: xr.Dataset) -> pd.DataFrame:
 def colliding_pairs(result: xr.Dataset, *, metric: str = "cosine") -> pd.DataFrame:
     """Pairs of facts whose value lies beyond chance, strongest first.
 
-    Beyond chance is beyond the `level` of the layer: further than any pair is in draws of shuffled units (`unit_draws`,
-    19), corrected over layers; without collisions 5% of results have some at most. Where low values are the harmful
+    Beyond chance is beyond the `level` of the layer: further than pairs are in draws of shuffled units (`unit_draws`),
+    corrected over layers; without collisions 5% of results have some at most. Where low values are the harmful
     ones, as of "gradient", beyond is below.
 
     Returns:

@@ -33,6 +33,7 @@ def aligned(interference: xr.Dataset, harm: xr.Dataset) -> tuple[Matrix, list[Ca
     both = {str(i) for i in harm["fact"].values} & {str(i) for i in harm["other"].values}
     ids = [str(i) for i in interference["fact"].values if str(i) in both]
     check_enough(len(ids))
+    _check_same_facts(interference, harm, ids)
     target = harm["harm"].sel(fact=ids, other=ids).transpose("fact", "other").values.astype(np.float64)
     found = interference["value"].sel(fact=ids, other=ids).transpose("metric", "layer", "fact", "other")
     layers = tuple(int(layer) for layer in interference["layer"].values)
@@ -56,6 +57,19 @@ def check_enough(n_facts: int) -> None:
             f"A prediction needs at least {FEWEST} facts that both results have, as read and as learnt; there are "
             f"{n_facts}."
         )
+
+
+def _check_same_facts(interference: xr.Dataset, harm: xr.Dataset, ids: list[str]) -> None:
+    """Raise `ValueError` where an id stands for other facts in the two; results that do not say are trusted."""
+    if "text" not in interference.coords or not {"text", "other_text"} <= set(harm.coords):
+        return
+    read, learnt = harm["text"].sel(fact=ids).values, harm["other_text"].sel(other=ids).values
+    for name, *texts in zip(ids, interference["text"].sel(fact=ids).values, read, learnt, strict=True):
+        if len(set(texts)) > 1:
+            raise ValueError(
+                f"Fact {name!r} has another prompt or answer in the interference than in the harm: measure both on the "
+                "same facts."
+            )
 
 
 def _first_order(interference: xr.Dataset, harm: xr.Dataset, ids: list[str]) -> list[Candidate]:

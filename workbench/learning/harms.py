@@ -133,9 +133,11 @@ def _empty(facts: FactSet, others: FactSet, n_tokens: list[int], attrs: dict[str
             "other": list(others.ids),
             "relation": ("fact", [fact.relation for fact in facts]),
             "answer": ("fact", [fact.answer for fact in facts]),
+            "text": ("fact", list(facts.texts.values())),
             "n_tokens": ("fact", n_tokens),
             "other_relation": ("other", [fact.relation for fact in others]),
             "other_answer": ("other", [fact.answer for fact in others]),
+            "other_text": ("other", list(others.texts.values())),
         },
         attrs=attrs,
     )
