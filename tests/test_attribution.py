@@ -514,6 +514,14 @@ def test_what_is_left_to_do_must_fit_on_the_disk(tmp_path, monkeypatch) -> None:
         run(tiny("llama"), **options)
 
 
+def test_the_disk_is_asked_once(tmp_path, monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(scoring, "free_bytes", lambda path: asked.append(path.exists()) or 10**9)
+    for resume in (True, True, False):  # a new place, one that is done, one that is replaced
+        run(tiny("llama"), method="grad_x_act", out=tmp_path / "a.zarr", resume=resume)
+    assert asked == [False, True, True]
+
+
 @pytest.mark.parametrize("steps", [1.5, "a"])
 def test_steps_that_are_no_whole_number_are_one_sentence(steps) -> None:
     with pytest.raises(ValueError, match="steps must be a whole number of at least 1"):

@@ -104,11 +104,12 @@ def attribute(
     work = prepare(model, facts, settings, batch_size, memory)
     check_engine(model)
     place = None if out is None else pathlib.Path(out)
-    if place is not None and kind_of(place) is None:
+    there = None if place is None else kind_of(place)
+    if place is not None and there is None:
         _check_disk(place, work, len(facts))  # before a folder is made
     notes = {"model": model.name, "facts": facts.name, "dtype": str(model.dtype).removeprefix("torch.")}
     with open_store(place, **work.labels, notes=notes, resume=resume) as store:
-        if place is not None:
+        if place is not None and there is not None:
             _check_disk(place, work, len(store.todo))
         room = work.room
         bar = tqdm(total=len(facts), initial=len(store.done), unit="fact", desc="attribute", disable=not progress)
