@@ -146,6 +146,25 @@ def test_attribute_gives_the_mean_over_paraphrases(tiny_inputs, tmp_path, monkey
     assert open_result(out).equals(mean)
 
 
+def test_prompts_and_their_means_must_fit_on_the_disk_together(tiny_inputs, tmp_path, monkeypatch, capsys) -> None:
+    model, facts = tiny_inputs
+    folder, fact_bytes = tmp_path / "scores", 4 * 3 * 33
+    command = ["attribute", "--model", model, "--facts", facts, "--out", folder / "a.zarr", "--method", "grad_x_act"]
+
+    def run(free: int) -> int:
+        monkeypatch.setattr("workbench.attribution.scoring.free_bytes", lambda path: free)
+        return call(monkeypatch, *command, "--paraphrases", "-q")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("workbench.attribution.scoring.score_batch", lambda *given: pytest.fail("work began"))
+        assert run(18 * fact_bytes - 1) == 1  # 10 prompts of 8 facts
+        assert "The scores take 7.13e-06 GB, and 7.13e-06 GB are free" in capsys.readouterr().err
+    assert not folder.exists()
+    assert run(18 * fact_bytes) == 0
+    assert run(8 * fact_bytes) == 0  # only the means are left to do
+    assert run(8 * fact_bytes - 1) == 1
+
+
 def test_drift_and_forgetting_of_a_model_against_itself(tiny_inputs, tmp_path, monkeypatch, capsys) -> None:
     model, facts = tiny_inputs
     out = tmp_path / "drift.parquet"

@@ -57,6 +57,7 @@ def attribute(
     memory: float | None = None,
     out: str | pathlib.Path | None = None,
     resume: bool = True,
+    beside: int = 0,
     progress: bool = True,
 ) -> xr.Dataset:
     """Score how much every FFN unit of every layer contributes to every fact.
@@ -91,6 +92,7 @@ def attribute(
         memory: GiB that a pass may take; None is half of what is free. A pass that still does not fit is halved.
         out: a zarr folder to stream to; None keeps the result in memory.
         resume: go on where an earlier call with the same settings stopped.
+        beside: the disk must hold the scores of so many facts more, which are to be written beside `out` afterwards.
         progress: show a progress bar.
 
     Returns:
@@ -98,7 +100,8 @@ def attribute(
         error F(clean) - F(baseline) - sum of scores, and `target_prob` (fact,): probability of the target.
 
     Raises:
-        ValueError: an unknown option, a fact that does not fit the model, or a result at `out` with other settings.
+        ValueError: an unknown option, a fact that does not fit the model, a result at `out` with other settings, or a
+            disk that does not hold what is left to do.
     """
     settings = checked_settings(method, unit, steps, rule, baseline, scope, objective, target, tolerance, seed)
     work = prepare(model, facts, settings, batch_size, memory)
@@ -106,11 +109,11 @@ def attribute(
     place = None if out is None else pathlib.Path(out)
     there = None if place is None else kind_of(place)
     if place is not None and there is None:
-        _check_disk(place, work, len(facts))  # before a folder is made
+        _check_disk(place, work, len(facts) + beside)  # before a folder is made
     notes = {"model": model.name, "facts": facts.name, "dtype": str(model.dtype).removeprefix("torch.")}
     with open_store(place, **work.labels, notes=notes, resume=resume) as store:
         if place is not None and there is not None:
-            _check_disk(place, work, len(store.todo))
+            _check_disk(place, work, len(store.todo) + beside)
         room = work.room
         bar = tqdm(total=len(facts), initial=len(store.done), unit="fact", desc="attribute", disable=not progress)
         with bar:
@@ -162,9 +165,9 @@ def prepare(
     return Work(tokenised, room, labels)
 
 
-def _check_disk(out: pathlib.Path, work: Work, todo: int) -> None:
+def _check_disk(out: pathlib.Path, work: Work, n_facts: int) -> None:
     """Refuse so many facts where they do not fit: scores are stored as they are, four bytes a number."""
-    need = 4 * todo * work.labels["n_layers"] * (work.labels["n_units"] + 1)
+    need = 4 * n_facts * work.labels["n_layers"] * (work.labels["n_units"] + 1)
     have = free_bytes(out)
     if have < need:
         raise ValueError(

@@ -104,7 +104,7 @@ def attribute_command(
         means = ready.result_bytes * n_facts // len(chosen) if paraphrases else 0
         print(replace(ready, result_bytes=ready.result_bytes + means, disk_bytes=ready.disk_bytes + means))
         return
-    ds = attribute(opened, chosen, **options, progress=not asked.quiet)
+    ds = attribute(opened, chosen, **options, beside=n_facts if paraphrases else 0, progress=not asked.quiet)
     if paraphrases and out is not None:
         ds = open_result(save_parts(fact_means(ds), out, along="fact", kind="attribution"))
     units = f"{ds.sizes['unit']} {ds.attrs['unit']}s a layer"  # a method may fix the unit
