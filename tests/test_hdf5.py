@@ -3,6 +3,7 @@
 import builtins
 import errno
 import json
+import shutil
 import tracemalloc
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from test_cli import call
 from test_results import attribution
 from test_store import full_disk, names
 
+from workbench.attribution import by_fact
 from workbench.facts import FactSet
 from workbench.results import (
     check_asked,
@@ -126,6 +128,32 @@ def test_what_was_asked_goes_out_and_comes_back(tmp_path: Path, name: str) -> No
     with h5py.File(path, "a") as file:  # as it would stand in a file of theirs
         del file["dataset"].attrs["metadata_workbench"]
     assert name not in import_hdf5(path).coords
+
+
+def test_the_number_of_prompts_goes_out_and_comes_back(tmp_path: Path) -> None:
+    single = attribution()
+    prompts = single.assign_coords(fact=["a#0", "b#0", "a#1", "b#1", "a#2"])
+    ds, place = by_fact(prompts), tmp_path / "a.zarr"
+    path = export_hdf5(open_result(save_result(ds, tmp_path / "means.zarr")), tmp_path / "ours.h5")
+    for back in (import_hdf5(path), import_hdf5(path, place), import_hdf5(path, place)):
+        assert set(back.data_vars) == set(ds.data_vars)
+        assert back["n_prompts"].dtype == ds["n_prompts"].dtype == np.int64
+        for name in ds.data_vars:
+            assert back[name].dims == ds[name].dims
+            assert np.array_equal(back[name].values, ds[name].values)
+    (place / "n_prompts" / "c" / "0").unlink()
+    with pytest.raises(ValueError, match=r"damaged: its labels \(n_prompts\)"):
+        open_result(place)
+    assert import_hdf5(path, place)["n_prompts"].values.tolist() == [3, 2]
+    shutil.rmtree(place / "n_prompts")  # as imports were before it was kept
+    assert "n_prompts" not in open_result(place)
+    assert import_hdf5(path, place)["n_prompts"].values.tolist() == [3, 2]
+    with h5py.File(path, "a") as file:
+        del file["n_prompts"]
+    assert "n_prompts" not in import_hdf5(path)
+    with h5py.File(path, "a") as file:  # as it might stand in a file of theirs
+        file["n_prompts"] = ["some", "text"]
+    assert "n_prompts" not in import_hdf5(path)
 
 
 def test_samples_get_the_names_of_the_facts(tmp_path: Path) -> None:

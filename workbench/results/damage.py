@@ -1,7 +1,7 @@
 """Stored numbers that cannot be read any more, and the facts they belong to, so that only those are computed again."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -29,11 +29,12 @@ def stored_arrays(folder: Path, mode: Literal["r", "r+"] = "r+") -> dict[str, An
         ) from error
 
 
-def lost_labels(folder: Path) -> list[str]:
-    """The labels of a stored attribution (facts, relations, layers ...) that are missing or cannot be read."""
+def lost_labels(folder: Path, wanted: Iterable[str] = ()) -> list[str]:
+    """The labels of a stored attribution (facts, layers ..., all `wanted`) that are missing or cannot be read."""
     group = zarr.open_group(folder, mode="r", zarr_format=3)
-    names = ["fact", "layer", "unit", *str(group.attrs.get("coordinates", "")).split()]
-    return [name for name in names if not _is_whole(folder, group, name)]
+    names = ["fact", "layer", "unit", *str(group.attrs.get("coordinates", "")).split(), *wanted]
+    names += ["n_prompts"] if "n_prompts" in group else []
+    return [name for name in dict.fromkeys(names) if not _is_whole(folder, group, name)]
 
 
 def check_labels(folder: Path) -> None:

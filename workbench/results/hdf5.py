@@ -5,8 +5,8 @@ The format, as the public repository Nexround/LoKI writes it (`src/loki/utils/hd
 the axes (sample, layer, node), float16 (float32 in files of its first version), growing along the samples, compressed
 with gzip. Attributes of that array begin with `metadata_` (model_name, num_layers, hidden_size, ig_steps, ig_method,
 ...); lists and dictionaries in them are JSON text. Samples have no names: they are in the order in which they were
-asked. What `export_hdf5` adds (ids, relations, what tells prompts from others, gaps, probabilities) stands in arrays of
-other names, which LoKI's code does not read.
+asked. What `export_hdf5` adds (ids, relations, what tells prompts from others and how many they are, gaps,
+probabilities) stands in arrays of other names, which LoKI's code does not read.
 """
 
 import errno
@@ -75,7 +75,7 @@ def import_hdf5(
         attrs, notes = _attributes(scores, unit)
         attrs |= {"imported": _sha256(source)} | ({} if fact_digest is None else {"fact_digest": fact_digest})
         labels: dict[str, Any] = {"ids": names, "relations": kinds, "n_layers": n_layers, "n_units": n_units}
-        labels["texts"] = _texts(file, scores)
+        labels |= {"texts": _texts(file, scores), "n_prompts": _counts(file, n_facts)}
         with open_store(out, **labels, attrs=attrs, notes=notes, resume=resume) as store:
             size = max(1, BYTES_AT_ONCE // (4 * n_layers * n_units))
             todo = store.todo
@@ -133,6 +133,8 @@ def _write(h5py: Any, file: Any, attribution: xr.Dataset, dtype: np.dtype) -> No
     for name in ("gap", "target_prob"):
         if name in attribution:
             file.create_dataset(name, data=attribution[name].values.astype(np.float32))
+    if "n_prompts" in attribution:
+        file.create_dataset("n_prompts", data=attribution["n_prompts"].values)
     for name, value in _metadata(attribution).items():
         array.attrs[PREFIX + name] = value
 
@@ -212,6 +214,13 @@ def _texts(file: Any, scores: Any) -> list[Any] | None:
     if stored is None or PREFIX + OURS not in scores.attrs or stored.shape[:1] != scores.shape[:1]:
         return None
     return stored.asstr()[:].tolist()
+
+
+def _counts(file: Any, n_facts: int) -> list[int] | None:
+    """Of how many prompts each score is the mean; None where it is not said."""
+    stored = file.get("n_prompts")
+    said = getattr(stored, "shape", None) == (n_facts,) and stored.dtype.kind in "iu"
+    return stored[:].tolist() if said else None
 
 
 def _small(file: Any, name: str, rows: list[int]) -> np.ndarray | None:

@@ -125,17 +125,18 @@ def open_store(
     n_units: int,
     attrs: Mapping[str, Any],
     texts: Sequence[Any] | None = None,
+    n_prompts: Sequence[int] | None = None,
     notes: Mapping[str, Any] | None = None,
     resume: bool = True,
 ) -> Iterator[AttributionStore]:
     """Create an attribution result for these facts, or go on with the one that lies at `path`.
 
     `texts` tell the prompt and answer of each fact from others (`check_asked`), or of each of its prompts, where the
-    scores are their mean. `attrs` (settings, model digest, fact
-    digest) must equal those of the stored result, else `ValueError` names what differs; `notes` are recorded but not
-    compared. `path=None` keeps everything in memory. `resume=False` replaces an earlier result, and only a result, when
-    the first facts of the new one are written: what fails before leaves the earlier result as it was. A second writer
-    to the same path is refused while this one is open.
+    scores are their mean; `n_prompts` says of how many. `attrs` (settings, model digest, fact digest) must equal those
+    of the stored result, else `ValueError` names what differs; `notes` are recorded but not compared. `path=None` keeps
+    everything in memory. `resume=False` replaces an earlier result, and only a result, when the first facts of the new
+    one are written: what fails before leaves the earlier result as it was. A second writer to the same path is refused
+    while this one is open.
 
     >>> with open_store(None, ids=["a"], relations=["r"], n_layers=1, n_units=2, attrs={"unit": "node"}) as store:
     ...     store.write([0], np.ones((1, 1, 2)), np.zeros((1, 1)), np.array([0.5]))
@@ -145,7 +146,7 @@ def open_store(
     if not ids or len(set(ids)) != len(ids) or len(relations) != len(ids):
         raise ValueError(f"A result needs unique fact ids, each with a relation; got {len(ids)} and {len(relations)}.")
     settings = _as_stored(attrs)
-    labels = _labels(ids, relations, n_layers, n_units, {**settings, NOTES: _as_stored(notes or {})}, texts)
+    labels = _labels(ids, relations, n_layers, n_units, {**settings, NOTES: _as_stored(notes or {})}, texts, n_prompts)
     if path is None:
         yield AttributionStore(_numpy_arrays(len(ids), n_layers, n_units), None, labels)
         return
@@ -216,8 +217,9 @@ def _labels(
     n_units: int,
     attrs: Mapping[str, Any],
     texts: Sequence[Any] | None = None,
+    n_prompts: Sequence[int] | None = None,
 ) -> xr.Dataset:
-    """The coordinates and attributes of a result that has no numbers yet."""
+    """The coordinates and attributes of a result that has no scores yet, and of how many prompts they are means."""
     coords: dict[str, Any] = {
         "fact": ("fact", np.array(list(ids), dtype=object)),
         "relation": ("fact", np.array(list(relations), dtype=object)),
@@ -227,7 +229,8 @@ def _labels(
     if texts is not None:
         known = np.array(list(texts), dtype=object)
         coords |= {"text": ("fact", known)} if known.ndim == 1 else {"prompt_text": (("fact", "prompt"), known)}
-    return xr.Dataset(coords=coords, attrs=dict(attrs))
+    counts = {} if n_prompts is None else {"n_prompts": ("fact", np.array(n_prompts, dtype=np.int64))}
+    return xr.Dataset(counts, coords=coords, attrs=dict(attrs))
 
 
 def _specifications(n_facts: int, n_layers: int, n_units: int) -> dict[str, tuple[tuple[str, ...], Any, int, Any]]:
@@ -251,7 +254,7 @@ def _numpy_arrays(n_facts: int, n_layers: int, n_units: int) -> dict[str, np.nda
 def _create(folder: Path, labels: xr.Dataset) -> None:
     """Lay out an empty result: labels in full, the arrays of numbers as metadata only."""
     group = zarr.create_group(folder, zarr_format=3)
-    for name in labels.coords:
+    for name in labels.variables:
         _write_label(group, str(name), labels)
     sizes = {str(dim): size for dim, size in labels.sizes.items()}
     for name, (dims, dtype, per_chunk, fill) in _specifications(*(sizes[d] for d in ("fact", "layer", "unit"))).items():
@@ -311,7 +314,7 @@ def _as_stored(attrs: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_same(folder: Path, labels: xr.Dataset, settings: Mapping[str, Any]) -> list[str]:
     """Refuse to go on with a result of other settings, another model or other facts; names the labels that are lost."""
-    stored, lost = stored_arrays(folder, "r"), lost_labels(folder)
+    stored, lost = stored_arrays(folder, "r"), lost_labels(folder, map(str, labels.data_vars))
     group: Any = zarr.open_group(folder, mode="r", zarr_format=3)
     kept = {k: v for k, v in group.attrs.items() if k not in (NOTES, KIND, "coordinates")}
     names = sorted(k for k in {*kept, *settings} if kept.get(k, "absent") != settings.get(k, "absent"))
@@ -325,6 +328,6 @@ def _check_same(folder: Path, labels: xr.Dataset, settings: Mapping[str, Any]) -
             f"{folder} holds a result with other settings, it differs in {'; '.join(differing)}: "
             "choose another out=, or start anew with resume=False (--no-resume)."
         )
-    if not (set(lost) <= {str(name) for name in labels.coords} and {"fact_digest", "imported"} & set(settings)):
+    if not (set(lost) <= {str(name) for name in labels.variables} and {"fact_digest", "imported"} & set(settings)):
         check_labels(folder)  # what nobody can tell is not written
     return lost
