@@ -1,5 +1,6 @@
 """Knowledge neurons: the planted ones exactly, thresholds against literal loops, weights put back to the bit."""
 
+import sys
 from dataclasses import replace
 from functools import cache
 
@@ -255,6 +256,21 @@ def test_effects_equal_suppressing_by_hand_and_differ_by_seed() -> None:
     pd.testing.assert_frame_equal(again, frame)
     other = effects(model, FACTS, neurons, factor=0.5, scope="all", others=2, seed=1, progress=False)
     assert not other["change"].equals(frame["change"])
+
+
+def test_every_fact_is_measured_as_alone_with_units_that_are_chosen_once(monkeypatch) -> None:
+    model, facts, neurons = found()
+    alone = [effects(model, facts, rows, progress=False) for _, rows in neurons.groupby("fact", sort=False)]
+    asked: list[str] = []
+
+    def counted(model, rows: pd.DataFrame):
+        asked.extend(rows["fact"].unique())
+        return selection_of(model, rows)
+
+    monkeypatch.setattr(sys.modules["workbench.neurons.effects"], "selection_of", counted)
+    together = effects(model, facts, neurons, progress=False)
+    assert asked == neurons["fact"].unique().tolist()
+    pd.testing.assert_frame_equal(together, pd.concat(alone, ignore_index=True), check_exact=True)
 
 
 @pytest.mark.parametrize("scope", ["last", "all"])

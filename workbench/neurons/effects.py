@@ -96,11 +96,11 @@ def effects(
         raise ValueError(f"The fact {lacking[0]!r} has neurons to edit but no new answer: name it in answers.")
     new = {fact: answer_tokens(model, facts[fact], answers[fact])[1] for fact in owners} if answers else {}
     tokens = {fact.fact_id: fact for fact in model.tokenise(facts)}
-    for fact in owners:
-        _check_room(selection_of(model, neurons[neurons["fact"] == fact]), controls)
+    selections = {fact: selection_of(model, neurons[neurons["fact"] == fact]) for fact in owners}
+    for chosen in selections.values():
+        _check_room(chosen, controls)
     frames = []
-    for fact in tqdm(owners, unit="fact", desc="effects", disable=not progress):
-        chosen = selection_of(model, neurons[neurons["fact"] == fact])
+    for fact, chosen in tqdm(selections.items(), unit="fact", desc="effects", disable=not progress):
         prompts = model.tokenise(facts.filter(ids=[fact]).per_prompt())
         matched = matched_units(model, chosen, prompts, scope=scope, draws=controls, seed=seed)
         suites = {"fact": prompts, **_beside(facts, facts[fact], tokens, others, seed)}
