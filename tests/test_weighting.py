@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from tiny import FACTS, TOKENISED, tiny
 from transformers import Trainer, TrainingArguments
 
@@ -147,6 +148,23 @@ def test_the_semantic_term_has_the_gradient_of_finite_differences() -> None:
     logits.grad = None
     semantic_loss("plain", W_E)({"logits": logits}, labels).backward()
     assert (first - logits.grad).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("config", [PromptTuningConfig, PromptEncoderConfig])
+def test_tokens_that_a_method_puts_in_front_are_no_labels(config) -> None:
+    base = tiny("llama")
+    torch.manual_seed(0)
+    asked = config(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model = get_peft_model(copy.deepcopy(base.hf), asked).eval()
+    batch = collate(TOKENISED)
+    whole = batch["labels"].where(batch["attention_mask"] == 0, batch["input_ids"])  # the first token learns here too
+    with torch.no_grad():
+        for labels in (batch["labels"], whole):
+            out = model(**{**batch, "labels": labels})
+            assert out.logits.shape[1] == labels.shape[1] + 4
+            assert float(semantic_loss("plain", base)(out, labels)) == pytest.approx(float(out.loss), rel=1e-5)
+        read = torch.cat([distances_now(model, [item], base.W_E) for item in TOKENISED])
+    torch.testing.assert_close(distances_now(model, TOKENISED, base.W_E), read, rtol=1e-4, atol=1e-6)
 
 
 def test_token_weights_by_hand() -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, cross_entropy
+from torch.nn.functional import cosine_similarity, cross_entropy, pad
 
 from workbench.distances import soft_distance
 from workbench.recollection import by_length
@@ -71,9 +71,13 @@ def token_weights(
     return 1 + gamma * apart.masked_fill(said == target, 0)
 
 
-def learned_tokens(logits: Float[Tensor, "batch pos d_vocab"], labels: Int[Tensor, "batch pos"]) -> Tokens:
-    """The predictions of all learned tokens of a batch, in float32 at least, with their cross-entropy in nats."""
-    labels = labels[:, 1:].to(logits.device)
+def learned_tokens(logits: Float[Tensor, "batch place d_vocab"], labels: Int[Tensor, "batch pos"]) -> Tokens:
+    """The predictions of all learned tokens of a batch, in float32 at least, with their cross-entropy in nats.
+
+    Where logits are longer than labels, a method such as prompt tuning has put tokens of its own in front.
+    """
+    in_front = max(0, logits.shape[1] - labels.shape[1])
+    labels = pad(labels, (in_front, 0), value=IGNORED)[:, 1:].to(logits.device)
     row, position = (labels != IGNORED).nonzero(as_tuple=True)
     chosen = logits[row, position]
     chosen = chosen.to(torch.promote_types(chosen.dtype, torch.float32))
