@@ -94,6 +94,18 @@ def test_each_loss_equals_a_literal_loop(kind: str, chosen) -> None:
     assert how.taken()["nll"] == 0
 
 
+@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize("kind", list(LOSSES))
+def test_a_batch_that_teaches_nothing_has_loss_0(kind: str, permuted: bool) -> None:
+    logits, labels, W_E = given_batch()
+    how = semantic_loss(kind, W_E, permuted=permuted and kind != "plain")
+    loss = how({"logits": logits.requires_grad_()}, torch.full_like(labels, IGNORED))
+    loss.backward()
+    assert loss.item() == 0
+    assert not logits.grad.any()
+    assert how.taken() == {"nll": 0}
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.floats(0, 2), min_size=1, max_size=40),

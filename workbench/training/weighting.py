@@ -37,6 +37,8 @@ def sample_weights(distance: Float[Tensor, " sample"], beta: float, clip: float 
     tensor([0.6667, 1.3333], dtype=torch.float64)
     """
     d = distance.detach().double().cpu()
+    if not len(d):
+        return d
     centred = d - d.mean()
     spread = centred.square().mean().sqrt()
     level = beta * centred / spread if spread > 1e-12 * (1 + d.abs().max()) else torch.zeros_like(d)
