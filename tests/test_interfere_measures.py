@@ -8,6 +8,8 @@ import planted
 import pytest
 import torch
 import xarray as xr
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny import FACTS, WORDS, tiny
 
 from workbench.attribution import attribute
@@ -163,6 +165,30 @@ def test_second_moments_come_from_the_cache_and_a_spoilt_text_gives_others(tmp_p
     assert not np.allclose(other["value"], first["value"], atol=1e-3)
     with pytest.raises(ValueError, match=r"second moment of one layer .* give more with memory="):
         measured(model, ["superposition"], scores=scores, memory=1e-9)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "other count", "no sum", "no moment"])
+def test_a_damaged_second_moment_is_measured_again(damage: str, tmp_path, monkeypatch, caplog) -> None:
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
+    scores = scores_of(tiny("llama"))
+    first = measured(tiny("llama"), ["superposition"], scores=scores)
+    file = sorted(tmp_path.rglob("*.safetensors"))[1]
+    whole = file.read_bytes()
+    with safe_open(file, framework="pt") as opened:
+        about, lower = opened.metadata(), opened.get_tensor("lower").clone()  # else mapped
+    if damage in ("cut", "empty", "flipped"):
+        flipped = whole[:-6] + bytes([whole[-6] ^ 64]) + whole[-5:]
+        file.write_bytes({"cut": whole[:-100], "empty": b"", "flipped": flipped}[damage])
+    elif damage == "no sum":  # of before there were sums: nothing to warn of
+        save_file({"lower": 2 * lower}, file, {name: about[name] for name in ("fourth", "tokens")})
+    else:
+        changed = about | {"tokens": "7"}
+        save_file({"lower" if damage == "other count" else "upper": lower}, file, changed)
+    assert measured(tiny("llama"), ["superposition"], scores=scores).identical(first)
+    assert [str(file) in record.getMessage() for record in caplog.records] == [True] * (damage != "no sum")
+    with safe_open(file, framework="pt") as opened:
+        assert opened.metadata() == about
+        assert torch.equal(opened.get_tensor("lower"), lower)
 
 
 def test_shrinkage_lies_between_none_and_all_and_nothing_is_singular() -> None:

@@ -4,13 +4,13 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -80,8 +80,8 @@ def second_moments(
 
     The first token of a piece is left out: it is where models park attention, and its activations, a hundred times
     those of words, would be most of the moment. What was measured is kept in the cache by the digests of the model and
-    of the text's tokens (`2 d_mlp^2` bytes a layer); layers are measured in groups that fit
-    `budget` bytes. What is refused is refused at the call, before anything is measured.
+    of the text's tokens (`2 d_mlp^2` bytes a layer), and measured again where its file is damaged; layers are measured
+    in groups that fit `budget` bytes. What is refused is refused at the call, before anything is measured.
 
     Raises:
         ValueError: no text, or a budget that does not hold one layer.
@@ -152,10 +152,12 @@ def _store(file: Path, moment: Moment | None) -> None:
     assert moment is not None
     rows, columns = torch.tril_indices(*moment.second.shape)
     tensors = {"lower": moment.second[rows, columns].float()}
+    about = {"fourth": repr(moment.fourth), "tokens": str(moment.tokens)}
+    about["sha256"] = _sum_of(tensors["lower"], about)
     draft = file.with_name(f".{file.name}.{os.getpid()}.draft")
     try:
         require_space(file.parent, 2 * tensors["lower"].nbytes, "keeping the second moment of the keys")
-        save_file(tensors, draft, metadata={"fourth": repr(moment.fourth), "tokens": str(moment.tokens)})
+        save_file(tensors, draft, metadata=about)
         os.replace(draft, file)
     except OSError as error:
         log.warning("the second moment of the keys is not kept: %s", error)
@@ -163,12 +165,27 @@ def _store(file: Path, moment: Moment | None) -> None:
 
 
 def _stored(file: Path, width: int) -> Moment | None:
-    """What was kept, or None."""
+    """What was kept; None where there is nothing, or what is there is damaged, or has no sum that would tell."""
     if not file.is_file():
         return None
-    with safe_open(file, framework="pt") as stored:
-        about, lower = stored.metadata(), stored.get_tensor("lower")
+    try:
+        with safe_open(file, framework="pt") as stored:
+            about, lower = stored.metadata() or {}, stored.get_tensor("lower")
+    except (OSError, SafetensorError) as error:
+        log.warning("the second moment of the keys in %s cannot be read and is measured again: %s", file, error)
+        return None
+    if (told := about.get("sha256")) != _sum_of(lower, about):
+        if told is not None:
+            log.warning("the second moment of the keys in %s is damaged and is measured again", file)
+        return None
     second = torch.zeros(width, width, dtype=torch.float64)
     rows, columns = torch.tril_indices(width, width)
     second[rows, columns] = second[columns, rows] = lower.double()
     return Moment(second, float(about["fourth"]), int(about["tokens"]))
+
+
+def _sum_of(lower: Tensor, about: Mapping[str, str]) -> str:
+    """The sha256 of all numbers of a moment."""
+    digest = hashlib.sha256(f"{about.get('fourth')} {about.get('tokens')} {lower.dtype} {list(lower.shape)}".encode())
+    digest.update(lower.numpy().data)
+    return digest.hexdigest()
