@@ -1,5 +1,7 @@
 """Interference: overlaps against literal loops, nulls that are calibrated, and a planted collision."""
 
+from dataclasses import replace
+
 import numpy as np
 import planted
 import pytest
@@ -170,3 +172,16 @@ def test_one_relation_has_no_across_and_wrong_inputs_are_refused() -> None:
         interference(tiny("gpt2"), facts, ds, progress=False)
     with pytest.raises(ValueError, match="f0"):
         interference(None, FACTS, ds, progress=False)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_scores_that_are_not_finite_are_refused_before_any_measure_runs(bad: float, tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(METRICS, "jaccard", replace(METRICS["jaccard"], find=lambda problem: pytest.fail("it ran")))
+    scores = np.ones((70, 2, 4))
+    scores[66, 1, 3] = bad
+    facts, ds = invented(scores, ["a", "b"] * 35)
+    ds = ds.assign_coords(layer=[4, 9])
+    at = "^The attribution has a `score` at fact f66, layer 9, unit 3 that is not finite: compute it again.$"
+    for given in (ds, ds.transpose("unit", "layer", "fact"), ds.drop_vars("unit")):
+        with pytest.raises(ValueError, match=at):
+            interference(None, facts, given, metrics=["jaccard"], progress=False)

@@ -266,7 +266,7 @@ def test_a_stored_harm_is_the_same_and_a_broken_one_is_refused(tmp_path: Path) -
     assert again["answer"].values.tolist() == ["Paris", "Tokyo", "Nairobi", "Au"]
     with pytest.raises(ValueError, match="lacks `before`"):
         validate_harm(found.drop_vars("before"))
-    with pytest.raises(ValueError, match="`harm` at fact france that is not finite"):
+    with pytest.raises(ValueError, match="`harm` at fact france, other france that is not finite"):
         validate_harm(found.assign(harm=found["harm"] * np.nan))
 
 

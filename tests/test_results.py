@@ -336,7 +336,7 @@ def _with_nan(ds: xr.Dataset, name: str) -> xr.Dataset:
         (lambda ds: ds.assign(score=ds["score"].astype(int)), "dtype int64, expected floating point"),
         (lambda ds: ds.drop_attrs(), "does not say its unit, method"),
         (lambda ds: ds.assign_attrs(unit="row"), "unit kind 'row'"),
-        (lambda ds: _with_nan(ds, "score"), "`score` at fact capital/länd 1 that is not finite"),
+        (lambda ds: _with_nan(ds, "score"), "`score` at fact capital/länd 1, layer 1, unit 1 that is not finite"),
         (lambda ds: ds.isel(fact=[0, 1, 1]), "fact capital/länd 1 twice"),
     ],
 )
@@ -351,7 +351,7 @@ def test_attribution_schema(change, message):
     [
         (lambda ds: ds.drop_vars("load"), "lacks `load`"),
         (lambda ds: ds.assign_coords(other=["b", "a"]), "same facts, in the same order"),
-        (lambda ds: _with_nan(ds, "value"), "`value` at metric jaccard that is not finite"),
+        (lambda ds: _with_nan(ds, "value"), "`value` at metric jaccard, layer 1, fact b, other b that is not finite"),
     ],
 )
 def test_interference_schema(change, message):

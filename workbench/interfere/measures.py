@@ -22,7 +22,7 @@ from workbench.interfere.overlap import cosine_overlap, jaccard_overlap
 from workbench.interfere.problem import Draw, Found, Matrix, Problem
 from workbench.intervals import DRAWS, benjamini_hochberg
 from workbench.models import HookedModel, check_unit
-from workbench.results import Parts, check_asked, check_made_with, validate_interference
+from workbench.results import Parts, check_asked, check_finite, check_made_with, validate_interference
 
 #: What is nearer to 1 counts as this much in Fisher's z, which has no end there.
 NEAR_ONE = 0.9999
@@ -119,8 +119,8 @@ def interference(
         (layer, fact).
 
     Raises:
-        ValueError: fewer than two facts, an unknown metric, an attribution of another model or of other facts, too
-            little memory or text for a measure, or parts of other work.
+        ValueError: fewer than two facts, an unknown metric, an attribution of another model, of other facts or with
+            numbers that are not finite, too little memory or text for a measure, or parts of other work.
     """
     checked_metrics(metrics, top, permutations, memory, draws)
     problem = _problem(model, facts, attribution, metrics, top, permutations, seed, text, memory, progress)
@@ -201,6 +201,7 @@ def _problem(
                 f"{width} in {model.n_layers} layers: attribute this model."
             )
     check_asked(attribution, facts.texts)
+    check_finite(attribution["score"].transpose("fact", "layer", "unit"), "The attribution")
     passages = general_text() if text is None and "superposition" in metrics else list(text or ())
     count = max(1, round(top / 100 * attribution.sizes["unit"]))
     ordered = FactSet(facts.name, tuple(known[i] for i in ids))

@@ -15,6 +15,7 @@ from workbench.results.parts import Parts
 from workbench.results.run import RunDir, provenance
 from workbench.results.schema import (
     check_asked,
+    check_finite,
     check_made_with,
     validate_attribution,
     validate_harm,
@@ -28,6 +29,7 @@ __all__ = [
     "Parts",
     "RunDir",
     "check_asked",
+    "check_finite",
     "check_made_with",
     "digest_of",
     "export_hdf5",

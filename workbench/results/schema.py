@@ -135,7 +135,7 @@ def validate_attribution(ds: xr.Dataset) -> None:
     _validate(ds, ATTRIBUTION)
     for name in ("gap", "target_prob"):  # NaN throughout where they are not known, as in results from elsewhere
         if not ds[name].isnull().all():
-            _check_finite(ds[name], "This attribution result")
+            check_finite(ds[name], "This attribution result")
 
 
 def validate_interference(ds: xr.Dataset) -> None:
@@ -177,7 +177,7 @@ def _validate(ds: xr.Dataset, schema: Schema) -> None:
             raise ValueError(f"{what} has {name} {index[index.duplicated()][0]} twice.")
     for name, wanted in variables.items():
         if wanted.finite:
-            _check_finite(ds[name], what)
+            check_finite(ds[name], what)
 
 
 _KINDS = {"f": ("f", "floating point"), "i": ("iu", "whole numbers"), "t": ("UOT", "text")}
@@ -187,15 +187,19 @@ def _is_kind(array: xr.DataArray, kind: str) -> bool:
     return array.dtype.kind in _KINDS[kind][0]
 
 
-def _check_finite(array: xr.DataArray, what: str) -> None:
-    """Look for NaN and infinities along the first axis in slices, so that a stored result is not loaded whole."""
+def check_finite(array: xr.DataArray, what: str) -> None:
+    """Raise `ValueError` with one sentence that names the first number that is not finite.
+
+    Slices along the first axis are read one by one, so that a stored result is not loaded whole.
+    """
     first = array.dims[0]
     for start in range(0, array.sizes[first], FACTS_AT_ONCE):
         block = array.isel({first: slice(start, start + FACTS_AT_ONCE)})
         bad = np.argwhere(~np.isfinite(block.values))
         if len(bad):
-            label = block[first].values[bad[0][0]] if first in block.coords else start + bad[0][0]
-            raise ValueError(f"{what} has a `{array.name}` at {first} {label} that is not finite: compute it again.")
+            bad[0][0] += start
+            named = ", ".join(f"{dim} {array[dim].values[i]}" for dim, i in zip(array.dims, bad[0], strict=True))
+            raise ValueError(f"{what} has a `{array.name}` at {named} that is not finite: compute it again.")
 
 
 def check_made_with(result: xr.Dataset, digest: str, name: str) -> None:
