@@ -122,7 +122,8 @@ def test_new_facts_that_lean_where_retained_ones_do_cost_a_layer_its_units() -> 
         ({"new": dataset(distinct(0, 2, 3, 40))}, "layer 3 has no scores"),
         ({"new": dataset(distinct(0, 2, 4, 40), model_digest="n")}, r"of another model \(m, n\)"),
         ({"new": dataset(distinct(0, 2, 4, 40) * np.nan)}, "layer 0 that are not finite"),
-        ({"new": dataset(distinct(0, 2, 4, 40)), "draws": 0}, "at least one draw"),
+        ({"new": dataset(distinct(0, 2, 4, 40)), "draws": 0}, "at least one draw, not 0"),
+        ({"draws": 0}, "at least one draw, not 0"),
     ],
 )
 def test_advice_on_wrong_inputs_is_refused(options: dict, message: str) -> None:

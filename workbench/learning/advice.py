@@ -51,9 +51,12 @@ def layer_advice(
         `budget` (units), `percent` (of the layer) and `reason`.
 
     Raises:
-        ValueError: results that do not fit together, a weight of another name, or a quota of less than one unit.
+        ValueError: results that do not fit together, a weight of another name, no draws, or a quota of less than one
+            unit.
     """
     weight = _checked(weights)
+    if draws < 1:
+        raise ValueError(f"A chance level needs at least one draw, not {draws}.")
     source = _as_source(interference)
     beside = xr.Dataset(attrs=interference.attrs)
     collision = gather_evidence(source, beside, interference, None, {"collision": 1, "load": 0}).collision
@@ -129,8 +132,6 @@ def _overlaps(
     source: ScoreSource, load: Float[np.ndarray, "layer unit"], scores: xr.DataArray, draws: int, seed: int
 ) -> dict[str, list[float]]:
     """Rank correlation of every new fact's |score| with the load, layer by layer, against shuffled units."""
-    if draws < 1:
-        raise ValueError(f"A chance level needs at least one draw, not {draws}.")
     columns: dict[str, list[float]] = {"overlap": [], "low": [], "high": [], "chance": []}
     for place, layer in enumerate(source.layers):
         size = np.abs(scores.sel(layer=layer).transpose("fact", "unit").values)
