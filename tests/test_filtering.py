@@ -184,6 +184,21 @@ def test_targets_are_mean_embeddings_of_the_answer() -> None:
     assert len(filter_facts(d, rule="near_diverse", keep=3, facts=FACTS, embeddings=rows)) == 3
 
 
+def test_each_rule_has_a_weight_of_its_own_by_which_spread_keeps_far_facts_too() -> None:
+    facts, draw = named(40), np.random.default_rng(0)
+    d = pd.Series(draw.permutation(np.linspace(0.6, 1.0, 40)), index=list(facts.ids))  # about as d_soft lies
+    rows = draw.normal(size=(40, 3))
+    for rule, weight, other in (("spread", 4.0, 1.0), ("near_diverse", 1.0, 4.0)):
+        options = {"rule": rule, "keep": 0.7, "facts": facts, "embeddings": rows}
+        own = filtered(d, **options)
+        assert own.equals(filtered(d, **options, weight=weight))
+        assert filter_facts(d, **options).ids == tuple(own.loc[own["kept"], "fact"])
+        assert not own.equals(filtered(d, **options, weight=other))
+        if rule == "spread":
+            assert (own.loc[own["kept"], "place"] >= 28).sum() >= 4
+            assert (filtered(d, **options, weight=1.0)["kept"] == (own["place"] < 28)).all()
+
+
 def test_numbers_of_numpy_are_shares_and_counts_as_pythons_are() -> None:
     d = dict.fromkeys(FACTS.ids, 0.5)
     for keep, size in ((np.float32(0.5), 4), (np.float16(1), 8), (np.int64(3), 3)):
@@ -229,20 +244,21 @@ def test_distances_that_do_not_fit_are_one_sentence() -> None:
         filtered(frame_of(facts, d_emb=[1, 2, 3]), rule="spread", keep=1, near=1)
 
 
-@pytest.mark.parametrize("rule", ["spread", "near_diverse", "loss"])
-def test_the_command_keeps_what_the_function_keeps(rule: str, tmp_path, monkeypatch, capsys) -> None:
+@pytest.mark.parametrize(("rule", "weight"), [("spread", 3.0), ("spread", None), ("near_diverse", 3.0), ("loss", 3.0)])
+def test_the_command_keeps_what_the_function_keeps(rule: str, weight, tmp_path, monkeypatch, capsys) -> None:
     place, out = FACTS.save(tmp_path / "facts.jsonl"), tmp_path / "kept.jsonl"
-    options = ["--facts", place, "--model", saved(tmp_path / "model"), "--rule", rule, "--keep", "0.5", "--weight", "3"]
+    options = ["--facts", place, "--model", saved(tmp_path / "model"), "--rule", rule, "--keep", "0.5"]
+    options += [] if weight is None else ["--weight", weight]
     monkeypatch.setattr(sys, "argv", list(map(str, ["workbench", "filter", *options, "--out", out, "-q"])))
     rules = []
     chosen = RULES[rule]
-    monkeypatch.setitem(RULES, rule, lambda pool: rules.append(rule) or chosen(pool))
+    monkeypatch.setitem(RULES, rule, lambda pool: rules.append(pool.weight) or chosen(pool))
     cli.main()
-    assert rules == [rule]  # once: near_diverse is slow
+    assert rules == [weight or 4.0]  # once: near_diverse is slow
     model = tiny("llama")
     distance, read = semantic_distance(model, FACTS), recall(model, FACTS)
     expected = filter_facts(
-        distance, rule=rule, keep=0.5, weight=3.0, embeddings=target_embeddings(model, FACTS),
+        distance, rule=rule, keep=0.5, weight=weight, embeddings=target_embeddings(model, FACTS),
         loss=-read["logprob"] / read["n_tokens"],
     )  # fmt: skip
     assert load_facts(out).facts == expected.facts

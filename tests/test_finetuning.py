@@ -276,11 +276,11 @@ def test_the_command_equals_the_function(inputs, tmp_path, monkeypatch, capsys) 
     assert load_json(tmp_path / "lora/adapter_config.json")["peft_type"] == "LORA"
 
 
-@pytest.mark.parametrize("rule", ["spread", "near_diverse", "loss"])
-def test_only_what_a_filter_keeps_is_taught(rule, inputs, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize(("rule", "weight"), [("spread", 3.0), ("spread", None), ("near_diverse", 3.0), ("loss", 3.0)])
+def test_only_what_a_filter_keeps_is_taught(rule, weight, inputs, tmp_path, monkeypatch) -> None:
     taught = []
     monkeypatch.setattr(finetuning, "implant", lambda model, data, *rest, **options: taught.append(data) or 1 / 0)
-    one = asked(inputs, method="lora", filter=rule, keep=4, filter_weight=3.0)
+    one = asked(inputs, method="lora", filter=rule, keep=4, filter_weight=weight)
     with pytest.raises(ZeroDivisionError):
         finetune(one, tmp_path / "out", progress=False)
     model = wb.load_model(inputs["model"])
@@ -290,12 +290,13 @@ def test_only_what_a_filter_keeps_is_taught(rule, inputs, tmp_path, monkeypatch)
         read = wb.recall(model, facts)
         options["loss"] = -read["logprob"] / read["n_tokens"]
     distance = semantic_distance(model, facts, metrics=("d_soft",))
-    expected = wb.filter_facts(distance, rule=rule, keep=4, facts=facts, weight=3.0, **options)
+    expected = wb.filter_facts(distance, rule=rule, keep=4, facts=facts, weight=weight, **options)
     assert taught[0].ids == expected.ids
     assert taught[0].name == expected.name
     assert len(expected) == 4 < len(facts)
+    assert load_json(tmp_path / "out" / "settings.json")["filter_weight"] == (weight or 4.0)
     told = load_frame(tmp_path / "out" / "filter.parquet")
-    by_hand = filtered(distance, rule=rule, keep=4, facts=facts, weight=3.0, **options)
+    by_hand = filtered(distance, rule=rule, keep=4, facts=facts, weight=weight, **options)
     pd.testing.assert_frame_equal(told, by_hand, check_dtype=False)
     monkeypatch.setattr(finetuning, "filter_inputs", lambda *given, **options: pytest.fail("read again"))
     with pytest.raises(ZeroDivisionError):  # a second start

@@ -20,6 +20,9 @@ log = logging.getLogger(__name__)
 #: Distances to rank by, the preferred first.
 METRICS = ("d_soft", "d_emb", "d_layer")
 
+#: Rule -> the weight that it has where none is given.
+WEIGHTS: dict[str, float] = {"spread": 4.0, "near_diverse": 1.0}
+
 #: A share or a count of facts.
 Keep = float | int | np.floating | np.integer
 
@@ -45,7 +48,7 @@ def filter_facts(
     keep: Keep,
     facts: FactSet | None = None,
     metric: str | None = None,
-    weight: float = 1.0,
+    weight: float | None = None,
     low: float | None = None,
     embeddings: Float[np.ndarray, "fact d_model"] | None = None,
     loss: pd.Series | None = None,
@@ -69,8 +72,9 @@ def filter_facts(
         facts: the facts; by default those that the frame holds in `attrs["facts"]`. Order and ties follow it.
         metric: of a frame: `d_soft`, `d_emb` or `d_layer` (the mean over layers, as the metric may be valid at some of
             them only). By default the first of these that the frame has.
-        weight: of the variance (`spread`) or the covariance (`near_diverse`); at least 0. Distances vary little beside
-            their mean, so on `d_soft` of real facts `spread` keeps no far fact below a weight of about 1.5.
+        weight: of the variance (`spread`) or the covariance (`near_diverse`); at least 0, and that of `WEIGHTS` by
+            default. Distances vary little beside their mean, so on `d_soft` of real facts `spread` keeps no far fact
+            below a weight of about 1.5, and is then no more than the nearest.
         low: `band`: the quantile where the band starts.
         embeddings: `near_diverse`: one row a fact, in the order of the facts: `target_embeddings(model, facts)`.
         loss: `loss`: fact id -> loss of the base model.
@@ -108,7 +112,7 @@ def filtered(
 
     `place` is the rank by distance, 0 the nearest (missing without a distance); `why` says it in words.
     """
-    defaults = {"weight": 1.0, "low": None, "embeddings": None, "loss": None, "seed": 0}
+    defaults = {"weight": None, "low": None, "embeddings": None, "loss": None, "seed": 0}
     if unknown := sorted(set(options) - set(defaults)):
         raise ValueError(f"The filter has no option {unknown[0]!r}; known are {', '.join(defaults)}.")
     return _judged(distance, rule, keep, facts, metric, **(defaults | options))[1]
@@ -206,11 +210,11 @@ RULES: dict[str, Callable[[Pool], np.ndarray]] = {
 }
 
 
-def check_options(rule: str, keep: Keep, weight: float | int = 1.0, low: float | None = None) -> None:
+def check_options(rule: str, keep: Keep, weight: float | int | None = None, low: float | None = None) -> None:
     """Raise `ValueError` for an unknown rule, or numbers that fit no set of facts."""
     if rule not in RULES:
         raise ValueError(f"There is no rule {rule!r}; known are {', '.join(RULES)}.")
-    if not (weight >= 0 and np.isfinite(weight)):
+    if weight is not None and not (weight >= 0 and np.isfinite(weight)):
         raise ValueError(f"weight must be a finite number of at least 0, got {weight}.")
     if low is not None and not 0 <= low < 1:
         raise ValueError(f"low is a quantile, from 0 to below 1, got {low}.")
@@ -218,6 +222,15 @@ def check_options(rule: str, keep: Keep, weight: float | int = 1.0, low: float |
         _count(keep, 1)
     elif keep < 1:
         raise ValueError(f"keep is a share, or a number of facts from 1 on, not {keep}.")
+
+
+def weight_of(rule: str, given: float | None = None) -> float:
+    """The weight that a rule has: as given, or its own; 1 for a rule that reads none.
+
+    >>> weight_of("spread"), weight_of("near_diverse"), weight_of("spread", 2.5), weight_of("all")
+    (4.0, 1.0, 2.5, 1.0)
+    """
+    return WEIGHTS.get(rule, 1.0) if given is None else given
 
 
 def target_embeddings(model: Any, facts: FactSet) -> Float[np.ndarray, "fact d_model"]:
@@ -232,6 +245,7 @@ def _judged(
 ) -> tuple[FactSet, pd.DataFrame]:
     """The facts, and the frame of `filtered`."""
     check_options(rule, keep, options["weight"], options["low"])
+    options["weight"] = weight_of(rule, options["weight"])
     known = _facts_of(distance, facts)
     values = _distances(distance, known, metric)
     order = np.argsort(values, kind="stable")  # what has no distance comes last

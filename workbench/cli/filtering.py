@@ -17,7 +17,10 @@ def filter_command(
     keep: Annotated[str, Parameter(help="a share, as 0.7, or a number of facts, as 80")] = "0.7",
     model: Model = "smollm2-135m",
     metric: Annotated[Literal["d_soft", "d_emb", "d_layer"], Parameter(help="the distance")] = "d_soft",
-    weight: Annotated[float, Parameter(help="spread, near_diverse: of being spread against being near")] = 1.0,
+    weight: Annotated[
+        float | None,
+        Parameter(help="of being spread against being near; 4 for spread and 1 for near_diverse when not given"),
+    ] = None,
     low: Annotated[
         float | None, Parameter(help="band: the quantile where it starts; the middle when not given")
     ] = None,

@@ -85,7 +85,9 @@ def implant_command(
         Parameter(name="--filter", help="of facts: teach only those that this rule keeps (see workbench filter)"),
     ] = "all",
     keep: Annotated[str, Parameter(help="of --filter: a share, as 0.7, or a number of facts, as 80")] = "0.7",
-    filter_weight: Annotated[float, Parameter(help="of spread, near_diverse: spread against near")] = 1.0,
+    filter_weight: Annotated[
+        float | None, Parameter(help="of --filter spread (4 when not given) or near_diverse (1): spread against near")
+    ] = None,
     watch: Annotated[
         float | None,
         Parameter(help="stop before more than this share of the known facts is lost; 16 are read"),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from workbench.config import TrainConfig
+from workbench.filtering import weight_of
 from workbench.results import load_json
 
 #: What a start leaves that was stopped before its settings were written.
@@ -39,7 +40,7 @@ class FineTune:
         training: target, batch size, rate, seed.
         filter: of facts: the rule by which some are kept to be taught (`filter_facts`); `all` keeps all.
         keep: of a filter: the share (a float) or the number of the facts that is kept.
-        filter_weight: of the rules `spread` and `near_diverse`.
+        filter_weight: of the rules `spread` and `near_diverse`; None is the rule's own (`filter_facts`).
         watch: stop before more than this share of the known facts is no longer answered; None does not watch.
         watch_drift: stop before the mean semantic distance (d_soft) of the known facts grows by more than this.
         format: format of a file of facts.
@@ -69,7 +70,7 @@ class FineTune:
     training: TrainConfig = field(default_factory=TrainConfig)
     filter: str = "all"
     keep: float | int = 0.7
-    filter_weight: float = 1.0
+    filter_weight: float | None = None
     watch: float | None = None
     watch_drift: float | None = None
     format: str = "auto"
@@ -78,7 +79,8 @@ class FineTune:
     dtype: str = "auto"
 
     def settled(self) -> "FineTune":
-        """The same with a unit, where none is named: that of a saved selection, or the node.
+        """The same with the filter's own weight where none is given, and a unit where none is named: that of a saved
+        selection, or the node.
 
         ValueError where the unit that is named is not that of the selection.
         """
@@ -86,7 +88,8 @@ class FineTune:
         said = saved.get("unit") if isinstance(saved, dict) else None
         if self.unit and said and self.unit != said:
             raise ValueError(f"{self.selection} is a selection of {said}s, not of {self.unit}s; leave the unit out.")
-        return replace(self, unit=self.unit or said or "node")
+        weight = weight_of(self.filter, self.filter_weight)
+        return replace(self, unit=self.unit or said or "node", filter_weight=weight)
 
     def chosen(self) -> str:
         """How LoKI's units are chosen, in words."""
