@@ -52,17 +52,17 @@ def run(model, facts=FACTS, **options):
     return attribute(model, facts, progress=False, **options)
 
 
-def loop(model, facts, unit, steps, scope="last"):
+def loop(model, facts, unit, steps, scope="last", layers=None):
     """Integrated gradients by one hooked forward and backward per fact, layer and step."""
     scores = np.zeros((len(facts), model.n_layers, model.width(unit)))
     for row, fact in enumerate(facts.tokenise(model.tokenizer)):
         last = len(fact.prompt_ids) - 1
         moved = slice(last if scope == "last" else 0, last + 1)
         seen = []  # in the order of the layers
-        keep = lambda value, seen=seen: seen.append(value) or value  # noqa: E731
+        keep = lambda value, seen=seen: seen.append(value.clone()) or value  # noqa: E731
         with model.patched(unit, dict.fromkeys(range(model.n_layers), keep)):
             model.logits(torch.tensor([fact.ids[:-1]]))
-        for layer in range(model.n_layers):
+        for layer in range(model.n_layers) if layers is None else layers:
             for k in range(steps):
                 _, gradient = naive(model, fact, unit, layer, (k + 0.5) / steps, scope, logprob)
                 scores[row, layer] += (seen[layer][0, moved] * gradient / steps).sum(0).numpy()
@@ -97,20 +97,23 @@ def own(method: str, unit: str = "neuron") -> str:
     ("kind", "method"),
     [*((kind, "ig") for kind in KINDS), *(("llama", method) for method in METHODS if method != "ig")],
 )
-def test_batch_padding_and_order_change_nothing(kind: str, method: str) -> None:
-    model = tiny(kind)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_batch_padding_and_order_change_nothing(kind: str, method: str, dtype: str) -> None:
+    """Beyond 1e-6 of a fact's largest score in float64; in float32 of the largest, for products of few rows round."""
+    model = tiny(kind) if dtype == "float32" else load_model(random_model(kind), tokenizer=tokenizer(), dtype=dtype)
     options = {"method": method, "unit": own(method), "steps": 4 if method == "ig" and kind != "llama" else None}
     together = run(model, **options)  # the adaptive rule on one architecture, four steps on the others
     alone = run(model, batch_size=1, **options)
     backwards = run(model, FactSet("backwards", FACTS.facts[::-1]), batch_size=3, **options)
-    scale = np.abs(together["score"].values).max()
+    scale = np.abs(together["score"].values).max((1, 2))
     if method == "ablation":  # a difference of two objectives, each rounded at its own size
-        scale = max(scale, 2 * float(np.log(together["target_prob"].values.min()) / -1))
+        scale = np.maximum(scale, -2 * np.log(together["target_prob"].values))
     for other in (alone, backwards.sel(fact=together["fact"])):
-        np.testing.assert_allclose(other["score"], together["score"], rtol=0, atol=1e-6 * scale)
+        gap = np.abs(other["score"].values - together["score"].values).max((1, 2))
+        assert (gap <= 1e-6 * (scale.max() if dtype == "float32" else scale)).all()
 
 
-@ALIKE
+@pytest.mark.real
 @pytest.mark.parametrize("method", ["ig", "grad_x_act"])
 def test_on_a_real_model_batch_padding_and_order_change_nothing(method: str) -> None:
     model, facts = default(), load_facts("world").filter(ids=["currency/italy", "continent/mexico"])
@@ -457,22 +460,24 @@ def test_tokenised_examples_cover_answers_of_several_tokens() -> None:
 
 
 def test_a_pass_has_room_for_the_longest_fact_of_its_batch(monkeypatch) -> None:
-    """Facts of very different lengths: no pass of whole prompts has more rows than fit, and every fact is scored."""
-    words = "one two three four five six seven eight red blue green sky"
-    records = [{"id": str(n), "prompt": " ".join(words.split()[: n + 1]), "answer": "Paris"} for n in range(12)]
+    """Facts of very different lengths: only those of one together, in no more rows than fit, and none is left out."""
+    words = "one two three four five six seven eight red blue green sky".split()
+    prompts = [" ".join(turned[: n + 1]) for n in range(12) for turned in (words, words[::-1])]
+    records = [{"id": str(n), "prompt": prompt, "answer": "Paris"} for n, prompt in enumerate(prompts)]
     facts = FactSet.from_records(records, name="skewed")
     tokens = tiny("llama").tokenise(facts)
     settings = checked_settings("ig", "node", 4, "midpoint", "zero", "all", "logprob", "gold", 0.05, 0)
     room = Room(96)
-    found = list(batches(tokens, range(12), settings, room, "auto"))
-    assert sorted(i for one in found for i in one) == list(range(12))
+    found = list(batches(tokens, range(24), settings, room, "auto"))
+    assert sorted(i for one in found for i in one) == list(range(24))
     for one in found:
-        longest = max(len(tokens[i].ids) for i in one)
-        assert len(one) == 1 or len(one) * longest <= room.rows
+        (length,) = {len(tokens[i].ids) for i in one}
+        assert len(one) == 1 or len(one) * length <= room.rows
     assert max(map(len, found)) > 1
-    assert [len(one) for one in batches(tokens, range(12), settings, room, 5)] == [5, 5, 2]
+    alike = [tokens[-1]] * 12
+    assert [len(one) for one in batches(alike, range(12), settings, room, 5)] == [5, 5, 2]
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is for users
-    assert [len(one) for one in batches(tokens, range(12), settings, room, np.int64(5))] == [5, 5, 2]
+    assert [len(one) for one in batches(alike, range(12), settings, room, np.int64(5))] == [5, 5, 2]
 
 
 @pytest.mark.parametrize("method", ["ablation", "ig", "grad_x_act", "loki-code", "kn"])

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from captum.attr import LayerIntegratedGradients
-from test_attribution import run
+from test_attribution import loop, run
 from tiny import FACTS, default, random_model, tiny, tokenizer
 
 from workbench.facts import FactSet, load_facts
@@ -61,6 +61,18 @@ def test_loki_code_equals_captum_on_the_default_model() -> None:
         scale = np.abs(scores).max()
         assert np.abs(scores[layer] - theirs).max() <= 1e-6 * scale
         assert np.abs(scores[(layer + 7) % 30] - theirs).max() > 1e-3 * scale  # negative control: another layer
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("unit", ["node", "neuron"])
+def test_in_float64_a_real_fact_equals_the_naive_loop_with_several_steps(unit: str) -> None:
+    """In float32 the loop and the engine both round, and the jump in layer 0 makes up to 2e-5 of it."""
+    facts = FactSet.from_records([{"prompt": "The chemical symbol for gold is", "answer": "Au"}])
+    ours = run(default("float64"), facts, unit=unit, steps=3)["score"].values
+    layers = [0, 14, 29]
+    expected = loop(default("float64"), facts, unit, 3, layers=layers)
+    assert worst(ours[:, layers], expected[:, layers]) <= 1e-6  # the scores are kept in float32
+    assert worst(ours[:, [layer - 1 for layer in layers]], expected[:, layers]) > 1e-3  # negative control: other layers
 
 
 @cache

@@ -3,9 +3,9 @@
 The names of `__init__.pyi` open their rooms when they are first used, so that `import workbench` and
 `workbench --help` are quick. peft reads adapters of LoKI once this package is imported, before or after peft.
 
-On Intel's processors a number does not depend on what else is computed with it: their matrix products are told to round
-alike for any number of rows and threads (`MKL_CBWR`, unless it is set). That takes hold where this package is imported
-before the first product.
+On Intel's and AMD's processors a number does not depend on what else is computed with it: Intel's are told to round
+matrix products alike for any number of rows and threads (`MKL_CBWR`, unless it is set), AMD's do so by themselves. That
+takes hold where this package is imported before the first product.
 """
 
 import os

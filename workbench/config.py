@@ -3,7 +3,7 @@
 import json
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -12,7 +12,7 @@ STRATEGIES = "layer_balanced, layer_highest, global_lowest, global_highest, rand
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class AttributionConfig(_Section):
@@ -52,7 +52,9 @@ class SelectionConfig(_Section):
     strategy: str = Field("layer_balanced", description=STRATEGIES)
     quota: float = Field(10.0, gt=0, lt=100, description="share of the units that is trained, in percent")
     score: Literal["signed", "magnitude"] = Field("magnitude", description="rank by score or by its absolute value")
-    layers: tuple[int, ...] | None = Field(None, description="only these layers; all when not given")
+    layers: tuple[Annotated[int, Field(strict=True, ge=0)], ...] | None = Field(
+        None, min_length=1, description="only these layers; all when not given"
+    )
 
 
 class TrainConfig(_Section):
@@ -63,7 +65,7 @@ class TrainConfig(_Section):
         None, ge=0, description="stop by this loss (plain, mean of an epoch) instead; 0 is never"
     )
     max_epochs: int = Field(60, ge=1, description="give up after this many passes over the facts")
-    batch_size: int = Field(16, ge=1, description="facts per optimiser step")
+    batch_size: int = Field(16, ge=1, le=2**20, description="facts per optimiser step")
     learning_rate: float | None = Field(None, gt=0, description="AdamW's rate; the method's own default when not given")
     weight_decay: float = Field(0.01, ge=0, description="AdamW's weight decay")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
@@ -73,7 +75,7 @@ class TrainConfig(_Section):
     loss: Literal["plain", "sample", "token", "soft"] = Field(
         "plain", description="cross-entropy; with sample or token weights by meaning; or with the semantic term"
     )
-    beta: float = Field(1.0, allow_inf_nan=False, description="sample: how much weight follows semantic distance")
+    beta: float = Field(1.0, description="sample: how much weight follows semantic distance")
     clip: float = Field(5.0, ge=1, description="sample: weights lie between 1/clip and clip")
     refresh: int = Field(20, ge=1, description="sample: weights are computed anew every so many steps")
     gamma: float = Field(1.0, ge=0, description="token: how much more a token weighs that is far from its target")

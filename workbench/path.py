@@ -140,7 +140,8 @@ def quadrature(rule: str, steps: int) -> tuple[list[float], list[float]]:
 def integral(path: Path, rule: str, steps: int) -> Float[Tensor, "layer batch moved width"]:
     """Integral of the gradient along the path of every layer, by a fixed rule."""
     points, weights = quadrature(rule, steps)
-    alpha = torch.tensor(points, device=path.model.device).repeat(len(path.clean.batch.ids), 1)
+    exact = torch.promote_types(path.model.dtype, torch.float32)
+    alpha = torch.tensor(points, dtype=exact, device=path.model.device).repeat(len(path.clean.batch.ids), 1)
     total = torch.zeros_like(path.clean.activation, dtype=torch.float32)
     seen = dict.fromkeys(range(path.model.n_layers), 0)
     for layer, _, gradient in path.gradients(dict.fromkeys(seen, alpha)):

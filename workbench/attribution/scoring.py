@@ -85,10 +85,10 @@ def attribute(
         target: `"gold"` (the fact's answer) or `"predicted"` (the model's own next token).
         tolerance: of the adaptive rule: the gap, as a share of the layer's effect.
         seed: of the draws of `random`.
-        batch_size: facts that are prepared together; `"auto"` chooses. Scores do not depend on it: on Intel's
-            processors to less than 1e-6 of a fact's largest (see `workbench`); where products round by their size, in
-            float32 to a few 1e-6, and more where that makes the adaptive rule take another step. An `ablation` is a
-            difference of two objectives, exact to the rounding of those.
+        batch_size: facts that are prepared together at most, all of the same length; `"auto"` chooses. Scores do not
+            depend on it: on Intel's and AMD's processors to less than 1e-6 of a fact's largest (see `workbench`); where
+            products round by their size, in float32 to a few 1e-6, and more where that makes the adaptive rule take
+            another step. An `ablation` is a difference of two objectives, exact to the rounding of those.
         memory: GiB that a pass may take; None is half of what is free. A pass that still does not fit is halved.
         out: a zarr folder to stream to; None keeps the result in memory.
         resume: go on where an earlier call with the same settings stopped.
@@ -231,7 +231,9 @@ def baseline_of(
 def batches(
     facts: Sequence[TokenisedFact], todo: Sequence[int], settings: Settings, room: Room, batch_size: int | str
 ) -> Iterator[list[int]]:
-    """Indices of facts that are scored together: alike in answer and prompt length, so that little is padded.
+    """Indices of facts that are scored together: of one prompt and one answer length, so that nothing is padded.
+
+    Sums over positions round by where a sequence begins, which the columns of padding would move.
 
     The order goes by the tokens, so that the batches, and with them the last digits, do not depend on that of `todo`.
     """
@@ -244,12 +246,16 @@ def batches(
 
 
 def _together(facts: Sequence[TokenisedFact], settings: Settings, room: Room, asked: bool) -> int:
-    """How many of these facts, shorter ones first, to score together: each is padded to the longest, the last.
+    """How many of these facts, shorter ones first, to score together: as long as lengths are the same and they fit.
 
-    Where so many were `asked` for, only a change in the number of answer tokens ends a batch.
+    Where so many were `asked` for, only a change of length ends a batch.
     """
+
+    def sizes(fact: TokenisedFact) -> tuple[int, int]:
+        return len(fact.prompt_ids), len(fact.answer_ids)
+
     for count, fact in enumerate(facts):
         fits = asked or count < max(1, room.facts(len(fact.ids), settings.scope == "all"))
-        if not fits or len(fact.answer_ids) != len(facts[0].answer_ids):
+        if not fits or sizes(fact) != sizes(facts[0]):
             return count
     return len(facts)

@@ -59,7 +59,8 @@ def run(config: Config | str | Path, *, progress: bool = True) -> RunDir:
 
     Stages: recall, attribution, interference, advice, prediction where it is asked for, selection and implant per
     method, drift, forgetting, report. Each is keyed by its settings and the digests of its inputs, so that a changed
-    setting redoes what depends on it and nothing else, and a run killed anywhere goes on where it was.
+    setting redoes what depends on it and nothing else, and a run killed anywhere goes on where it was; a training
+    that was killed begins anew.
 
     Raises:
         ValueError, FileNotFoundError: settings or inputs that do not fit, before any long work; or another run at
