@@ -408,6 +408,7 @@ def test_mmlu_dialects_agree(tmp_path: Path) -> None:
         tmp_path / "test-00000.parquet",
         write_mmlu_header(tmp_path / "arithmetic_test.csv"),
         write_mmlu_original(tmp_path / "arithmetic_dev.csv"),
+        write_csv(tmp_path / "arithmetic_val.csv", [["Question", *"ABCD", "Answer"], [QUESTION[0], *QUESTION[1], "B"]]),
     ]
     found = [load_facts(path) for path in paths]
     for facts in found:

@@ -17,6 +17,12 @@ logger = logging.getLogger(__name__)
 LETTERS = "ABCD"
 MMLU_HUB = frozenset({"question", "choices", "answer"})
 MMLU_HEADER = frozenset({"question", "choice0", "choice1", "choice2", "choice3", "answer"})
+#: Columns of a CSV headed by letters, in any case, and what they are called elsewhere.
+MMLU_LETTERED = {
+    "question": "question",
+    **{letter.lower(): f"choice{i}" for i, letter in enumerate(LETTERS)},
+    "answer": "answer",
+}
 
 
 def read_lre(source: Source) -> list[Placed]:
@@ -144,10 +150,14 @@ def _texts(place: str, record: Mapping[str, Any], field: str) -> list[str]:
 
 
 def is_mmlu(source: Source) -> bool:
-    """Recognise the three dialects: the hub's fields, the CSV header, or six cells that end in a letter."""
-    if source.fields >= MMLU_HEADER or (source.kind != "csv" and source.fields >= MMLU_HUB):
+    """Recognise a dialect: the hub's fields, a CSV header (choices or letters), or six cells that end in a letter."""
+    if source.fields >= MMLU_HEADER or _is_lettered(source) or (source.kind != "csv" and source.fields >= MMLU_HUB):
         return True
     return source.kind == "csv" and len(source.rows[0][1]) == 6 and source.rows[0][1][5].strip() in tuple(LETTERS)
+
+
+def _is_lettered(source: Source) -> bool:
+    return source.kind == "csv" and {field.strip().lower() for field in source.fields} >= set(MMLU_LETTERED)
 
 
 def read_mmlu(source: Source) -> list[Placed]:
@@ -175,6 +185,11 @@ def _asked_by_loki(topic: str, question: str, choices: Sequence[str]) -> str:
 
 
 def _mmlu_rows(source: Source) -> list[Placed]:
+    if _is_lettered(source):
+        return [
+            Placed(place, {MMLU_LETTERED.get(name.strip().lower(), name): value for name, value in record.items()})
+            for place, record in source.table()
+        ]
     if source.kind != "csv" or {"question", "answer"} & source.fields:
         return source.table()
     names = ("question", "choice0", "choice1", "choice2", "choice3", "answer")
