@@ -288,6 +288,7 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument("--spread-weight", type=float, default=4.0, help="of the variance in the rule spread")
     parser.add_argument("--out", type=Path, help="where trials are kept; in runs when not given")
     parser.add_argument("--figures", type=Path, help="where the figure is published")
+    parser.add_argument("--name", default="filter_and_weights", help="of the figure: another one for some arms alone")
     parser.add_argument("--smoke", action="store_true", help="few facts and arms, one epoch, two seeds")
     options = parser.parse_args(arguments)
     options.out, options.figures = places(HERE, "filter_and_weights", options.out, options.figures, options.smoke)
@@ -302,7 +303,7 @@ def main(arguments: list[str] | None = None) -> Path:
         "trials": trials.replace({np.nan: None}).to_dict(orient="records"),
     }  # fmt: skip
     drawn = frame[(frame["metric"] == "accuracy") & frame["suite"].isin(["taught", "kept", "retained"])]
-    written = publish(forgetting_compared(drawn), frame, "filter_and_weights", options.figures, about)
+    written = publish(forgetting_compared(drawn), frame, options.name, options.figures, about)
     print(table(frame).to_string(index=False, float_format=lambda x: f"{x:.3g}"))
     return written[0]
 

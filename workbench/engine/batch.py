@@ -13,6 +13,8 @@ from workbench.models import pad_batch
 
 #: Fewer first tokens in common than this are not worth a run of their own.
 LEAST_SHARED = 8
+#: Products of fewer rows round in their own way: of one on Intel's processors, of up to three on AMD's.
+FEWEST_ROWS = 4
 
 
 @dataclass(frozen=True)

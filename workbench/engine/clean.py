@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from workbench.engine.batch import Batch
+from workbench.engine.batch import FEWEST_ROWS, Batch
 from workbench.models import HookedModel
 
 
@@ -62,9 +62,9 @@ def _rows_of(value: Any, rows: Int[Tensor, " row"], n: int, name: str = "") -> A
 @torch.no_grad()
 def run_clean(model: HookedModel, batch: Batch, unit: str) -> Clean:
     """Run the facts once, unpatched, and keep what the queries need."""
-    if batch.ids.numel() == 1:  # products of one row round in their own way
-        twice = run_clean(model, batch.of(torch.zeros(2, dtype=torch.long, device=model.device)), unit)
-        return twice.of(torch.zeros(1, dtype=torch.long, device=model.device))
+    if batch.ids.numel() < FEWEST_ROWS:
+        facts = torch.arange(len(batch.ids), device=model.device)
+        return run_clean(model, batch.of(facts.repeat(-(-FEWEST_ROWS // batch.ids.numel()))), unit).of(facts)
     calls: list[dict[str, Any]] = []
     extras: list[tuple[Any, ...] | None] = []
     resid_pre: list[Tensor] = []

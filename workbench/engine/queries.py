@@ -22,15 +22,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from workbench.engine.attention import query_attention
-from workbench.engine.batch import Batch
+from workbench.engine.batch import FEWEST_ROWS, Batch
 from workbench.engine.calls import QueryCalls
 from workbench.engine.clean import Clean
 from workbench.engine.reading import readout
 from workbench.metrics import Objective
 from workbench.models import HookedModel, Patch, forward_through
 
-#: Products of fewer rows round in their own way: of one on Intel's processors, of up to three on AMD's.
-FEWEST_ROWS = 4
 #: Variants of some layers: activations (batch, variant, moved, unit) that replace the clean ones where they are moved.
 Points = Mapping[int, Tensor]
 
