@@ -420,3 +420,14 @@ def unequal(layers: int, units: int) -> xr.Dataset:
     load = np.zeros((layers, units))
     variables = {"value": (("metric", "layer", "fact", "other"), value), "load": (("layer", "unit"), load)}
     return xr.Dataset(variables, coords={"layer": range(layers)}, attrs={"unit": "node"})
+
+
+def test_the_cut_is_that_of_a_sort_also_where_the_sample_misleads() -> None:
+    scores = np.random.default_rng(0).normal(size=(6, 640)).astype(np.float32)
+    scores[1, :: voting.SAMPLED] -= 99  # what is sampled is all of the lowest, so that too few lie below
+    scores[2, :: voting.SAMPLED] += 99
+    scores[3] = 0.0
+    scores[4] = scores[4].round()
+    for k in (1, 32, 64, 639, 640):
+        np.testing.assert_array_equal(voting.cuts(scores, k)[:, 0], np.sort(scores, axis=1)[:, k - 1])
+    assert voting.cuts(scores, 64)[1] > scores[1, :: voting.SAMPLED].max()  # the control: the sample did mislead
