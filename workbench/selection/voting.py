@@ -12,7 +12,7 @@ import xarray as xr
 
 from workbench.selection.mask import check_unit_kind
 
-CHUNK_BYTES = 32 * 2**20  # of scores held at once while facts stream by, and as many that are read meanwhile
+CHUNK_BYTES = 16 * 2**20  # of scores held at once, and as many read meanwhile; of 32 MiB each array is paged in anew
 SAMPLED = 16  # one score in so many is looked at first, to find about where the lowest end
 
 Quota = int | float | Mapping[int, int | float] | Sequence[int | float]
@@ -99,14 +99,16 @@ def cuts(scores: np.ndarray, k: int) -> np.ndarray:
 
 
 def votes(scores: np.ndarray, k: int) -> np.ndarray:
-    """Count for each unit how many facts of (fact, unit) have it among their k lowest scores.
+    """Count how many facts of (fact, ..., unit) have a unit among the k lowest of its row: (..., unit).
 
     >>> votes(np.array([[0.0, 1.0, 2.0], [5.0, 4.0, 3.0]]), 2).tolist()
     [1, 2, 1]
     """
-    count = np.zeros(scores.shape[1], dtype=np.int64)
+    count = np.zeros(scores.shape[1:], dtype=np.int64)
     for start in range(0, len(scores), 255):  # as many as a byte can count: bytes are added fastest
-        count += marks(scores[start : start + 255], k).view(np.uint8).sum(axis=0, dtype=np.uint8)
+        some = scores[start : start + 255]
+        marked = marks(some.reshape(-1, some.shape[-1]), k).reshape(some.shape)
+        count += marked.view(np.uint8).sum(axis=0, dtype=np.uint8)
     return count
 
 
@@ -224,8 +226,15 @@ def vote_per_layer(source: ScoreSource, budgets: Sequence[int]) -> np.ndarray:
 
 
 def votes_per_layer(chunk: np.ndarray, budgets: Sequence[int]) -> np.ndarray:
-    """Count the votes of (fact, layer, unit) with as many marks in each layer as its budget: (layer, unit)."""
-    return np.stack([votes(chunk[:, row], k) for row, k in enumerate(budgets)])
+    """Count the votes of (fact, layer, unit) with as many marks in each layer as its budget: (layer, unit).
+
+    Layers of one budget go together: few long steps leave the interpreter to the thread that reads.
+    """
+    count = np.zeros(chunk.shape[1:], dtype=np.int64)
+    for k in sorted(set(budgets)):
+        alike = [row for row, budget in enumerate(budgets) if budget == k]
+        count[alike] = votes(chunk if len(alike) == len(budgets) else chunk[:, alike], k)
+    return count
 
 
 # How many units
