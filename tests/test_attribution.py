@@ -497,7 +497,7 @@ def test_it_makes_no_difference_whether_gradients_are_on_around_the_call() -> No
 
 
 def test_what_will_not_fit_on_the_disk_is_refused_before_the_first_pass(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(scoring, "free_bytes", lambda path: 1000)
+    monkeypatch.setattr("workbench.results.files.free_bytes", lambda path: 1000)
     monkeypatch.setattr(scoring, "score_batch", lambda *_: pytest.fail("started"))
     with pytest.raises(ValueError, match=r"The scores take 3\.17e-06 GB, and 1e-06 GB are free where .*a\.zarr"):
         run(tiny("llama"), out=tmp_path / "a.zarr")
@@ -507,7 +507,7 @@ def test_what_will_not_fit_on_the_disk_is_refused_before_the_first_pass(tmp_path
 def test_what_is_left_to_do_must_fit_on_the_disk(tmp_path, monkeypatch) -> None:
     options = {"method": "grad_x_act", "out": tmp_path / "a.zarr"}
     whole = run(tiny("llama"), **options).load()
-    monkeypatch.setattr(scoring, "free_bytes", lambda path: 400)
+    monkeypatch.setattr("workbench.results.files.free_bytes", lambda path: 400)
     with pytest.raises(ValueError, match=r"The scores take 3\.17e-06 GB"):
         run(tiny("llama"), **options, resume=False)
     assert run(tiny("llama"), **options).equals(whole)  # nothing is left to do, and nothing was lost
@@ -521,7 +521,7 @@ def test_what_is_left_to_do_must_fit_on_the_disk(tmp_path, monkeypatch) -> None:
 
 def test_the_disk_is_asked_once(tmp_path, monkeypatch) -> None:
     asked = []
-    monkeypatch.setattr(scoring, "free_bytes", lambda path: asked.append(path.exists()) or 10**9)
+    monkeypatch.setattr("workbench.results.files.free_bytes", lambda path: asked.append(path.exists()) or 10**9)
     for resume in (True, True, False):  # a new place, one that is done, one that is replaced
         run(tiny("llama"), method="grad_x_act", out=tmp_path / "a.zarr", resume=resume)
     assert asked == [False, True, True]

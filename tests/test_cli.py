@@ -152,7 +152,7 @@ def test_prompts_and_their_means_must_fit_on_the_disk_together(tiny_inputs, tmp_
     command = ["attribute", "--model", model, "--facts", facts, "--out", folder / "a.zarr", "--method", "grad_x_act"]
 
     def run(free: int) -> int:
-        monkeypatch.setattr("workbench.attribution.scoring.free_bytes", lambda path: free)
+        monkeypatch.setattr("workbench.results.files.free_bytes", lambda path: free)
         return call(monkeypatch, *command, "--paraphrases", "-q")
 
     with monkeypatch.context() as patch:

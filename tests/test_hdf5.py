@@ -225,6 +225,18 @@ def test_what_does_not_fit_is_one_sentence(tmp_path: Path) -> None:
     assert not (tmp_path / "x.h5").exists()
 
 
+def test_what_will_not_fit_on_the_disk_is_refused_before_a_folder_is_made(tmp_path: Path, monkeypatch) -> None:
+    path = export_hdf5(attribution(), tmp_path / "a.h5")
+    n_facts, n_layers, n_units = attribution()["score"].shape
+    need = 4 * n_facts * n_layers * (n_units + 1)
+    monkeypatch.setattr("workbench.results.files.free_bytes", lambda _: need - 1)
+    with pytest.raises(ValueError, match=r"The scores take .* are free where .*b\.zarr"):
+        import_hdf5(path, tmp_path / "b.zarr")
+    assert names(tmp_path) == ["a.h5"]
+    monkeypatch.setattr("workbench.results.files.free_bytes", lambda _: need)
+    assert import_hdf5(path, tmp_path / "b.zarr").sizes["fact"] == n_facts
+
+
 def test_a_full_disk_leaves_the_earlier_file(tmp_path: Path, monkeypatch) -> None:
     path = export_hdf5(attribution(), tmp_path / "a.h5")
     before = path.read_bytes()

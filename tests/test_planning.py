@@ -144,6 +144,13 @@ def test_disk_is_that_of_the_result(tmp_path: Path, unit: str) -> None:
     assert planned.free_bytes > size
 
 
+def test_a_plan_that_goes_on_needs_room_for_what_is_left_only(tmp_path: Path) -> None:
+    planned = plan(tiny("llama"), FACTS, method="grad_x_act", out=tmp_path / "a.zarr")
+    tight = replace(planned, free_bytes=planned.disk_bytes // 2)
+    assert "not enough" in str(tight)
+    assert "not enough" not in str(replace(tight, facts=1, done=planned.facts - 1))
+
+
 def test_what_attribute_refuses_the_plan_refuses(tmp_path: Path) -> None:
     for options, message in [
         ({"method": "magic"}, "method must be one of"),

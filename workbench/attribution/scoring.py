@@ -31,7 +31,7 @@ from workbench.facts import FactSet, TokenisedFact
 from workbench.metrics import OBJECTIVES, logprob
 from workbench.models import HookedModel
 from workbench.path import Path
-from workbench.results import free_bytes, open_store
+from workbench.results import check_scores_fit, open_store
 from workbench.results.labelled import kind_of
 
 log = logging.getLogger(__name__)
@@ -108,12 +108,13 @@ def attribute(
     check_engine(model)
     place = None if out is None else pathlib.Path(out)
     there = None if place is None else kind_of(place)
+    size = work.labels["n_layers"], work.labels["n_units"]
     if place is not None and there is None:
-        _check_disk(place, work, len(facts) + beside)  # before a folder is made
+        check_scores_fit(place, len(facts) + beside, *size)  # before a folder is made
     notes = {"model": model.name, "facts": facts.name, "dtype": str(model.dtype).removeprefix("torch.")}
     with open_store(place, **work.labels, notes=notes, resume=resume) as store:
         if place is not None and there is not None:
-            _check_disk(place, work, len(store.todo) + beside)
+            check_scores_fit(place, len(store.todo) + beside, *size)
         room = work.room
         bar = tqdm(total=len(facts), initial=len(store.done), unit="fact", desc="attribute", disable=not progress)
         with bar:
@@ -163,17 +164,6 @@ def prepare(
         "attrs": asdict(settings) | {"model_digest": model.digest, "fact_digest": facts.digest},
     }
     return Work(tokenised, room, labels)
-
-
-def _check_disk(out: pathlib.Path, work: Work, n_facts: int) -> None:
-    """Refuse so many facts where they do not fit: scores are stored as they are, four bytes a number."""
-    need = 4 * n_facts * work.labels["n_layers"] * (work.labels["n_units"] + 1)
-    have = free_bytes(out)
-    if have < need:
-        raise ValueError(
-            f"The scores take {need / 1e9:.3g} GB, and {have / 1e9:.3g} GB are free where {out} is to be: make room, "
-            "choose another place, or attribute fewer facts."
-        )
 
 
 Scores = tuple[Float[np.ndarray, "batch layer width"], Float[np.ndarray, "batch layer"], Float[np.ndarray, " batch"]]

@@ -55,7 +55,8 @@ class Plan:
         about = "" if self.exact else "about "
         measured = f"{sum(s.facts for s in self.samples)} facts in {_duration(sum(s.seconds for s in self.samples))}"
         free = "" if self.free_bytes is None else f", {_size(self.free_bytes)} free"
-        if self.free_bytes is not None and self.free_bytes < self.disk_bytes:
+        left = self.disk_bytes * self.facts / max(1, self.facts + self.done)
+        if self.free_bytes is not None and self.free_bytes < left:
             free += ": not enough"
         lines = [
             f"facts    {self.facts:,} to do in {self.batches:,} batches, {self.done:,} done before",

@@ -1,6 +1,7 @@
 """The labelled results that flow between the rooms, and the only door to zarr."""
 
 from workbench.results.files import (
+    check_scores_fit,
     digest_of,
     free_bytes,
     load_frame,
@@ -31,6 +32,7 @@ __all__ = [
     "check_asked",
     "check_finite",
     "check_made_with",
+    "check_scores_fit",
     "digest_of",
     "export_hdf5",
     "free_bytes",

@@ -111,6 +111,16 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(next(parent for parent in path.absolute().parents if parent.is_dir())).free
 
 
+def check_scores_fit(place: Path, n_facts: int, n_layers: int, n_units: int) -> None:
+    """Refuse so many facts where they do not fit: scores are stored as they are, four bytes a number."""
+    need, have = 4 * n_facts * n_layers * (n_units + 1), free_bytes(place)
+    if have < need:
+        raise ValueError(
+            f"The scores take {need / 1e9:.3g} GB, and {have / 1e9:.3g} GB are free where {place} is to be: make room, "
+            "choose another place, or take fewer facts."
+        )
+
+
 def digest_of(obj: Any) -> str:
     """SHA-256 (hex) of the canonical JSON of `obj`: keys sorted, no spaces, so that equal content has one digest.
 

@@ -20,7 +20,8 @@ from typing import Any, Literal
 import numpy as np
 import xarray as xr
 
-from workbench.results.files import one_sentence_disk_errors, write_atomically
+from workbench.results.files import check_scores_fit, one_sentence_disk_errors, write_atomically
+from workbench.results.labelled import kind_of
 from workbench.results.schema import ATTRIBUTION
 from workbench.results.store import NOTES, open_store
 
@@ -63,7 +64,8 @@ def import_hdf5(
     A file of LoKI holds no completeness gaps and no probabilities: they are NaN.
 
     Raises:
-        ValueError: h5py is missing, the file is no such file, or holds numbers that are not finite.
+        ValueError: h5py is missing, the file is no such file, holds numbers that are not finite, or more scores than
+            the disk has room for.
         FileNotFoundError: there is no such file.
     """
     source = Path(path)
@@ -76,6 +78,8 @@ def import_hdf5(
         attrs |= {"imported": _sha256(source)} | ({} if fact_digest is None else {"fact_digest": fact_digest})
         labels: dict[str, Any] = {"ids": names, "relations": kinds, "n_layers": n_layers, "n_units": n_units}
         labels |= {"texts": _texts(file, scores), "n_prompts": _counts(file, n_facts)}
+        if out is not None and kind_of(Path(out)) is None:  # before a folder is made
+            check_scores_fit(Path(out), *scores.shape)
         with open_store(out, **labels, attrs=attrs, notes=notes, resume=resume) as store:
             size = max(1, BYTES_AT_ONCE // (4 * n_layers * n_units))
             todo = store.todo
