@@ -191,6 +191,8 @@ def test_settings_are_read_from_files_and_flags(tmp_path, monkeypatch, capsys) -
         (["recall", "--model", "nowhere/at/all", "--facts", "world"], "nowhere/at/all"),
         (["run", "--set", "training.seed"], "--set takes name=value"),
         (["run", "--set", "training.sede=1"], "no setting 'training.sede'"),
+        (["run", "--set", "model.x=3", "--model", "m"], "'model' and 'model.x' cannot both be changed"),
+        (["run", "--set", "training.seed=3", "--seed", "2"], "'training.seed' is given by --set and by a flag"),
         (["run", "--config", "nowhere.toml"], "no configuration file nowhere.toml"),
         (["run", "--methods", "magic"], "methods knows"),
         (["report", "nowhere"], "nowhere"),

@@ -134,7 +134,11 @@ class Config(_Section):
         3
         """
         settings = _load(Path(path)) if path else {}
-        for name, value in (changes or {}).items():
+        changes = changes or {}
+        for name in changes:
+            if part := next((other for other in changes if other.startswith(f"{name}.")), None):
+                raise ValueError(f"The settings {name!r} and {part!r} cannot both be changed: the one holds the other.")
+        for name, value in changes.items():
             *sections, last = name.split(".")
             place = settings
             for section in sections:

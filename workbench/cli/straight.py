@@ -34,12 +34,14 @@ def run_command(
     Killed at any stage, the same command goes on where it was.
     """
     changes: dict[str, Any] = dict(map(_setting, set_ or []))
-    named = {"out": out, "model": model, "retained": retained, "implanted": implanted,
+    named: dict[str, Any] = {"out": out, "model": model, "retained": retained, "implanted": implanted,
              "selection.quota": quota, "seed": seed, "training.seed": seed}  # fmt: skip
-    changes |= {name: value for name, value in named.items() if value is not None}
     if methods is not None:
-        changes["methods"] = [] if methods == "none" else [name.strip() for name in methods.split(",")]
-    settings = Config.read(config, changes)
+        named["methods"] = [] if methods == "none" else [name.strip() for name in methods.split(",")]
+    flags = {name: value for name, value in named.items() if value is not None}
+    if twice := sorted(flags.keys() & changes.keys()):
+        raise ValueError(f"The setting {twice[0]!r} is given by --set and by a flag of its own: give it once.")
+    settings = Config.read(config, changes | flags)
     from workbench.pipeline import run
 
     folder = run(settings, progress=not quiet)

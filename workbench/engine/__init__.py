@@ -1,6 +1,6 @@
 """Many interventions in one pass: the engine that scores every unit of every layer at once."""
 
-from workbench.engine.batch import FEWEST_ROWS, Batch, make_batch
+from workbench.engine.batch import Batch, copies, make_batch
 from workbench.engine.check import check_engine
 from workbench.engine.clean import Clean, run_clean
 from workbench.engine.queries import Points, clean_gradients, run_queries
@@ -9,7 +9,6 @@ from workbench.engine.room import FACTS_PER_PASS, ROWS_PER_PASS, Room, out_of_me
 
 __all__ = [
     "FACTS_PER_PASS",
-    "FEWEST_ROWS",
     "ROWS_PER_PASS",
     "Batch",
     "Clean",
@@ -17,6 +16,7 @@ __all__ = [
     "Room",
     "check_engine",
     "clean_gradients",
+    "copies",
     "make_batch",
     "out_of_memory",
     "readout",

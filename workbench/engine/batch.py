@@ -17,6 +17,15 @@ LEAST_SHARED = 8
 FEWEST_ROWS = 4
 
 
+def copies(rows: int) -> int:
+    """How often so many rows are taken, so that there are at least `FEWEST_ROWS`.
+
+    >>> copies(1), copies(3), copies(100)
+    (4, 2, 1)
+    """
+    return -(-FEWEST_ROWS // rows)
+
+
 @dataclass(frozen=True)
 class Batch:
     """Several facts as one padded tensor whose prompts end at the same column.

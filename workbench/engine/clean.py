@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from workbench.engine.batch import FEWEST_ROWS, Batch
+from workbench.engine.batch import Batch, copies
 from workbench.models import HookedModel
 
 
@@ -62,9 +62,9 @@ def _rows_of(value: Any, rows: Int[Tensor, " row"], n: int, name: str = "") -> A
 @torch.no_grad()
 def run_clean(model: HookedModel, batch: Batch, unit: str) -> Clean:
     """Run the facts once, unpatched, and keep what the queries need."""
-    if batch.ids.numel() < FEWEST_ROWS:
+    if (times := copies(batch.ids.numel())) > 1:
         facts = torch.arange(len(batch.ids), device=model.device)
-        return run_clean(model, batch.of(facts.repeat(-(-FEWEST_ROWS // batch.ids.numel()))), unit).of(facts)
+        return run_clean(model, batch.of(facts.repeat(times)), unit).of(facts)
     calls: list[dict[str, Any]] = []
     extras: list[tuple[Any, ...] | None] = []
     resid_pre: list[Tensor] = []

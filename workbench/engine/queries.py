@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from workbench.engine.attention import query_attention
-from workbench.engine.batch import FEWEST_ROWS, Batch
+from workbench.engine.batch import Batch, copies
 from workbench.engine.calls import QueryCalls
 from workbench.engine.clean import Clean
 from workbench.engine.reading import readout
@@ -86,7 +86,7 @@ def _objective_of_queries(
     batch, tail = clean.batch, clean.batch.tail
     n_queries = sum(births.values())
     first = min(births)
-    spare = max(0, -(-FEWEST_ROWS // (len(batch.ids) * batch.read)) - births[first])
+    spare = max(0, copies(len(batch.ids) * batch.read) - births[first])
     births = {**births, first: births[first] + spare}
     n_queries += spare
     calls = QueryCalls(model, clean, n_queries)

@@ -6,7 +6,7 @@ from math import ceil
 import torch
 
 from workbench.attribution import Settings
-from workbench.engine import FEWEST_ROWS, Room, make_batch
+from workbench.engine import Room, copies, make_batch
 from workbench.facts import TokenisedFact
 from workbench.models import HookedModel
 
@@ -22,11 +22,9 @@ def counts(
     clean_rows = batch.shared + n_facts * (columns - batch.shared)
     passes, variants = ceil(model.n_layers / most) + 1, model.n_layers + 1  # baselines, the clean end
     more_variants, firsts = QUERIES[settings.method](settings, model, most)
-    fewest = ceil(FEWEST_ROWS / (n_facts * batch.read))  # queries of a fact at the first layer of any pass
+    fewest = copies(n_facts * batch.read)  # queries of a fact at the first layer of any pass
     variants += more_variants + sum(max(0, fewest - first) for first in [1] * passes + firsts)
-    if batch.ids.numel() < FEWEST_ROWS:
-        clean_rows *= ceil(FEWEST_ROWS / batch.ids.numel())
-    rows = clean * clean_rows + variants * n_facts * batch.tail
+    rows = clean * clean_rows * copies(batch.ids.numel()) + variants * n_facts * batch.tail
     return clean * (1 + (batch.shared > 0)) + passes + len(firsts), rows
 
 
