@@ -243,8 +243,10 @@ def test_when_a_copy_is_made(copied, monkeypatch):
     assert not made(layer)  # its own gradient is wanted
     layer.base_layer.weight.requires_grad_(False)
     layer.base_layer.to(torch.bfloat16)
+    assert not made(layer, x=torch.randn(3, 24, dtype=torch.bfloat16))
+    layer.to(torch.bfloat16)
     assert not made(layer, x=torch.randn(3, 24, dtype=torch.bfloat16))  # a sum in bfloat16 would lose the delta
-    layer.base_layer.to(torch.float32)
+    layer.to(torch.float32)
     assert made(layer)
 
 

@@ -69,6 +69,23 @@ def test_strategies_equal_plain_sorting_with_many_ties(scores, quota, strategy, 
     assert chosen(found) == select_plainly(scores, strategy, quota, magnitude)
 
 
+@pytest.mark.parametrize("dtype", ["int64", "int32", "uint8", "float16", "float32"])
+@pytest.mark.parametrize("strategy", ["layer_balanced", "layer_highest"])
+def test_scores_of_every_type_of_number_are_selected_from_alike(dtype, strategy):
+    scores = np.random.default_rng(0).integers(0, 100, (20, 2, 400)).astype(dtype)  # wide enough to be sampled
+    assert chosen(select(dataset(scores), strategy=strategy)) == select_plainly(scores.astype(int), strategy, 10, False)
+
+
+def test_layers_are_whole_numbers_and_layers_of_scores_those_of_the_model():
+    scores = dataset(distinct(0, 3, 2, 10))
+    for layers in (iter([0.5]), iter("0")):  # whose kinds are not seen before they are read
+        with pytest.raises(ValueError, match="layers must be whole numbers"):
+            select(scores, layers=layers)
+    for labels, n_layers in (([0, 0], 2), ([0, 2], 2), ([-1, 0], 2)):
+        with pytest.raises(ValueError, match="must be different ones of the 2 of the model"):
+            select(scores.assign_coords(layer=labels).assign_attrs(n_layers=n_layers))
+
+
 def test_the_oracle_can_tell_a_wrong_rule_from_the_right_one():
     scores = np.array([[[-1, 0, 1]], [[-1, 0, 1]], [[9, 0, 1]]])
     right = chosen(select(dataset(scores), quota=34))

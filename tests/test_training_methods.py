@@ -47,6 +47,19 @@ def logits(model) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
+    ("method", "most"), [("lora", None), ("adalora", None), ("pissa", 32), ("olora", 32), ("corda", 32), ("kasa", 31)]
+)
+def test_a_rank_that_a_method_cannot_have_is_refused_before_it_is_trained(method: str, most: int | None, tmp_path):
+    base = tiny("llama")  # 32 wide, so that a down-projection has 32 singular values
+    for rank in (0, -1, *([] if most is None else [most + 1])):
+        with pytest.raises(ValueError, match=rf"The rank of '{method}' must be .*, not {rank}\."):
+            adapter_for(base, method, r=rank)
+    done = implant(base, FACTS, adapter_for(base, method, r=most or 40), QUICK, out=tmp_path, progress=False)
+    merged, _ = load_adapted(done.adapter, base)
+    torch.testing.assert_close(logits(merged), logits(done.model), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
     ("kind", "method"),
     [("llama", method) for method in METHODS]
     + [("gpt2", method) for method in ("loki", "dora", "pissa", "corda", "ia3", "full_ffn")],
@@ -182,6 +195,7 @@ def test_matched_gives_loki_a_quota_and_fixed_methods_nothing() -> None:
     quota = matched("loki", 3 * 4 * 40 + 9, base)["quota"]
     assert int(quota * 32 / 100) == 4
     assert matched("ia3", 100, base) == {}
+    assert matched("kasa", 10**6, base) == {"r": 31}  # of 32 singular values
     assert matched("loki", 3 * 3 * (4 + 40), base, selection=SELECTION) == {"r": 3}
     with pytest.raises(ValueError, match="at least 1"):
         matched("lora", 0, base)

@@ -12,7 +12,6 @@ from .adapters import (
     adapter_for,
     attach,
     check_method,
-    expected_warnings,
     load_adapted,
     merged_copy,
     refuse_unmergeable,
@@ -22,6 +21,7 @@ from .config import LokiConfig
 from .layer import LokiLayer
 from .matching import matched, parameter_count
 from .model import LokiModel
+from .quiet import expected_warnings
 from .registration import register
 from .sites import down_projections
 

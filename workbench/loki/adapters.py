@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
-import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -29,21 +28,12 @@ from torch import nn
 
 from .config import LokiConfig, checked_layers
 from .model import refuse_stacked
-from .sites import DOWN_PROJECTIONS, down_names, down_projection_suffix, is_conv1d
+from .quiet import expected_warnings
+from .sites import DOWN_PROJECTIONS, down_names, down_projection_suffix, is_conv1d, widths
 
 _CONV1D_TYPES = ("gpt2", "openai-gpt")
 #: Paths of the normalisations of every family: input_layernorm, ln_1, final_layer_norm, norm, q_norm, norm_1, ...
 NORMS = r"(.*\.)?(\w*norm|norm_\w+|ln_\w+)"
-#: Starts of warnings about what is meant to be so.
-EXPECTED = (
-    "`is_gradient_checkpointing` is deprecated",  # peft asks transformers by a name that transformers has renamed
-    "(PiSSA|CorDA|OLoRA) changes the base weights",  # and is converted when it is saved
-    "Could not find a config file in",  # of a model without a folder, when it is converted
-    "The following rank_pattern keys did not match",  # AdaLoRA's, whose keys LoRA's check does not know
-    "Unsupported layer type '<class '.*(Norm|norm)",  # LN tuning trains normalisations
-    r"Adapter 'default': \d+ LoRA tensor\(s\) have invalid shape: \S+lora_B\.bias:",  # LoRA's own bias is 1-D
-    "Sparse invariant checks are implicitly disabled",  # SHiRA's sparse delta
-)
 
 
 @dataclass(frozen=True)
@@ -62,11 +52,12 @@ class Dense:
 
 
 class Method(NamedTuple):
-    """What makes the configuration of a method, whether it has a rank `r`, and whether it takes GPT-2's `Conv1D`."""
+    """What makes the configuration of a method, and what it takes."""
 
     make: Callable[..., PeftConfig | Dense]
-    ranked: bool = True
-    conv1d: bool = True
+    ranked: bool = True  # whether it has a rank `r`
+    conv1d: bool = True  # whether it takes GPT-2's `Conv1D`
+    below: int | None = None  # how far its rank stays below the number of singular values; None: any rank
 
 
 def _loki(target_modules: list[str], conv1d: bool, *, selection: Any = None, **options: Any) -> PeftConfig:
@@ -121,10 +112,10 @@ METHODS: dict[str, Method] = {
     "lora": Method(_lora),
     "rslora": Method(lambda *args, **options: _lora(*args, use_rslora=True, **options)),
     "dora": Method(lambda *args, **options: _lora(*args, use_dora=True, **options)),
-    "pissa": Method(lambda *args, **options: _lora(*args, init_lora_weights="pissa", **options)),
-    "olora": Method(lambda *args, **options: _lora(*args, init_lora_weights="olora", **options), conv1d=False),
-    "corda": Method(_corda),
-    "kasa": Method(lambda *args, **options: _lora(*args, kasa_config=KasaConfig(), **options), conv1d=False),
+    "pissa": Method(lambda *args, **options: _lora(*args, init_lora_weights="pissa", **options), below=0),
+    "olora": Method(lambda *args, **options: _lora(*args, init_lora_weights="olora", **options), conv1d=False, below=0),
+    "corda": Method(_corda, below=0),
+    "kasa": Method(lambda *args, **options: _lora(*args, kasa_config=KasaConfig(), **options), conv1d=False, below=1),
     "adalora": Method(_adalora),
     "shira": Method(_shira, conv1d=False),
     "ia3": Method(_ia3, ranked=False),
@@ -200,6 +191,8 @@ def adapter_for(
     if outside or not part:
         found = f"holds {outside[0]}" if outside else "is empty"
         raise ValueError(f"layers {found}; the layers of this model are 0 to {len(names) - 1}.")
+    if kind != "loki" and "target_modules" not in options:
+        _check_rank(kind, options.get("r", 16), most_rank(model, kind))
     if kind == "loki":
         options["layers"] = given
     elif len(part) < len(names):
@@ -214,6 +207,20 @@ def adapter_for(
     if isinstance(config, LNTuningConfig):
         config.target_modules = _normalisations(hf, tuple(block + "." for block in blocks) or "")
     return config
+
+
+def most_rank(model: Any, kind: str) -> int | float:
+    """Return the highest rank that a method can have on a model's down-projections, infinity where any does."""
+    below, hf = METHODS[kind].below, getattr(model, "hf", model)
+    pairs = [widths(hf.get_submodule(name)) for name in down_names(model)]
+    return math.inf if below is None else min(min(pair or (math.inf,)) for pair in pairs) - below
+
+
+def _check_rank(kind: str, rank: int, most: int | float) -> None:
+    """Raise ValueError for a rank that a method cannot have."""
+    if METHODS[kind].ranked and not 1 <= rank <= most:
+        between = "at least 1" if most == math.inf else f"1 to {most} on the down-projections of this model"
+        raise ValueError(f"The rank of {kind!r} must be {between}, not {rank}.")
 
 
 def _normalisations(hf: nn.Module, start: str | tuple[str, ...]) -> list[str] | str:
@@ -247,15 +254,6 @@ def attach(model: nn.Module, adapter: PeftConfig | Dense) -> nn.Module:
         return model
     with expected_warnings():
         return get_peft_model(model, adapter)
-
-
-@contextmanager
-def expected_warnings() -> Iterator[None]:
-    """Leave out the warnings of `EXPECTED` inside the `with`."""
-    with warnings.catch_warnings():
-        for start in EXPECTED:
-            warnings.filterwarnings("ignore", start)
-        yield
 
 
 def trainable_parameters(model: nn.Module) -> int:

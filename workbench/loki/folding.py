@@ -96,8 +96,9 @@ def folds(base: nn.Module, x: Tensor, delta: Tensor, width: int, trained: int) -
     """Say whether the copy is the cheaper way for this input, and an exact one.
 
     `trained` of `width` rows (or columns) are trained. It needs plain frozen weights of the adapter's and the input's
-    dtype, no autocast, and a base layer whose call nobody watches or replaces; a compiler fuses what it is given, and
-    is asked for first, so that it reads nothing of the input.
+    dtype, float32 or float64 (half precision would lose a small delta in the sum with the weight), no autocast, and a
+    base layer whose call nobody watches or replaces; a compiler fuses what it is given, and is asked for first, so that
+    it reads nothing of the input.
     """
     if torch.compiler.is_compiling():
         return False
@@ -111,6 +112,7 @@ def folds(base: nn.Module, x: Tensor, delta: Tensor, width: int, trained: int) -
         and is_plain(weight)
         and not weight.requires_grad
         and x.dtype == weight.dtype == delta.dtype
+        and x.dtype in (torch.float32, torch.float64)
         and x.device == weight.device == delta.device
         and not any(watched)
         and "forward" not in vars(base)

@@ -10,7 +10,7 @@ import torch
 from peft import PeftConfig, ShiraConfig
 from torch import nn
 
-from .adapters import METHODS, Dense, adapter_for, attach, check_method
+from .adapters import METHODS, Dense, adapter_for, attach, check_method, most_rank
 from .config import LokiConfig
 from .sites import down_names, widths
 
@@ -59,7 +59,8 @@ def matched(method: str, count: int, model: Any, **options: Any) -> dict[str, An
     else:
         two = size(2)
         guess = max(1, round(2 + 2 * (count - two) / (size(4) - two)))  # every other size is linear in even ranks
-        ranks = {max(1, guess + shift) for shift in (-1, 0, 1)}
+        most = int(min(most_rank(model, kind), guess + 1))
+        ranks = {max(1, min(guess + shift, most)) for shift in (-1, 0, 1)}
     return {"r": min(sorted(ranks), key=lambda r: abs(size(r) - count))}
 
 

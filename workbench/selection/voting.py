@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from operator import index
 from typing import NamedTuple, TypeGuard
 
 import numpy as np
@@ -38,7 +39,7 @@ class ScoreSource(NamedTuple):
         wanted = [where[layer] for layer in self.layers]
 
         def read(start: int) -> np.ndarray:
-            values = np.asarray(self.scores.isel(fact=slice(start, start + step)).values)
+            values = _floating(np.asarray(self.scores.isel(fact=slice(start, start + step)).values))
             return self.transform(values if wanted == list(range(n_layers)) else values[:, wanted])
 
         with ThreadPoolExecutor(1) as reader:
@@ -58,7 +59,7 @@ def marks(scores: np.ndarray, k: int) -> np.ndarray:
     """
     if k == 0:
         return np.zeros(scores.shape, dtype=bool)
-    scores = np.ascontiguousarray(scores)
+    scores = np.ascontiguousarray(_floating(scores))
     cut = cuts(scores, k)
     found = scores <= cut
     if np.count_nonzero(found) == k * len(found):
@@ -71,8 +72,13 @@ def marks(scores: np.ndarray, k: int) -> np.ndarray:
     return found
 
 
+def _floating(scores: np.ndarray) -> np.ndarray:
+    """Floating-point scores as they are; integers and booleans, which know no infinity and may wrap, as float64."""
+    return scores if scores.dtype.kind == "f" else scores.astype(np.float64)
+
+
 def cuts(scores: np.ndarray, k: int) -> np.ndarray:
-    """Find the k-th lowest score in each row of (fact, unit): (fact, 1).
+    """Find the k-th lowest score in each row of (fact, unit), floating-point numbers: (fact, 1).
 
     Only the scores that are no higher than a level, which a sample of the row suggests as a little too high, are put in
     order; where fewer than k are, the sample misled and the row is ordered whole.
@@ -293,12 +299,17 @@ def score_source(attribution: xr.Dataset, score: str, layers: Iterable[int] | No
     if "layer" not in scores.coords:
         scores = scores.assign_coords(layer=np.arange(scores.sizes["layer"]))
     scored = [int(layer) for layer in scores["layer"].values]
-    eligible = tuple(scored if layers is None else sorted({int(layer) for layer in layers}))
+    n_layers = int(attribution.attrs.get("n_layers", max(scored) + 1))
+    if len(set(scored)) < len(scored) or not 0 <= min(scored) <= max(scored) < n_layers:
+        raise ValueError(f"The scores' layers {scored} must be different ones of the {n_layers} of the model.")
+    try:
+        eligible = tuple(scored if layers is None else sorted({index(layer) for layer in layers}))
+    except TypeError:
+        raise ValueError(f"layers must be whole numbers, not {layers!r}.") from None
     missing = [layer for layer in eligible if layer not in scored]
     if missing or not eligible:
         what = f"layer {missing[0]} has no scores" if missing else "no layer is named"
         raise ValueError(f"Cannot restrict the selection: {what}; there are scores for layers {scored}.")
-    n_layers = int(attribution.attrs.get("n_layers", max(scored) + 1))
     return ScoreSource(scores, eligible, n_layers, int(scores.sizes["unit"]), SCORES[score])
 
 
