@@ -57,6 +57,18 @@ def test_relabelling_units_changes_no_cosine() -> None:
     np.testing.assert_allclose(jaccard(scores[:, order], 3), jaccard(scores, 3))
 
 
+@pytest.mark.parametrize(("n_units", "top"), [(64, 1.0), (200, 1.0)])
+def test_sets_of_few_units_collide_on_noise_in_one_result_of_twenty(n_units: int, top: float) -> None:
+    """Sets of one or two units coincide in shuffled scores too, so that no pair can be beyond chance there."""
+    found = 0
+    for seed in range(12):
+        scores = np.random.default_rng(seed).normal(size=(12, 4, n_units))
+        facts, ds = invented(scores, ["a", "b", "c"] * 4)
+        result = interference(None, facts, ds, metrics=("jaccard",), top=top, permutations=1, seed=seed, progress=False)
+        found += len(colliding_pairs(result, metric="jaccard")) > 0
+    assert found <= 3  # of 12 at a rate of 5%: more in one of 450 series
+
+
 def test_the_planted_pair_and_nothing_else_collides_and_not_without_it(tmp_path) -> None:
     facts = planted.facts()
     for without, expected in (((), [(1, "Italy", "Spain")]), ([(1, 999)], [])):

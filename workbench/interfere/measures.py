@@ -280,7 +280,11 @@ def _of_chance(nulls: Sequence[Sequence[Sequence[Draw]]], measure: Measure) -> d
     """
     free, matched = nulls
     ends = np.array([[draw.largest if measure.harmful > 0 else -draw.smallest for draw in layer] for layer in free]).T
-    level = np.tanh(level_of_all(np.arctanh(ends.clip(-NEAR_ONE, NEAR_ONE)))) if measure.bounded else level_of_all(ends)
+    if measure.bounded:
+        level = np.tanh(level_of_all(np.arctanh(ends.clip(-NEAR_ONE, NEAR_ONE))))
+        level = np.where(level > NEAR_ONE - 1e-6, 1.0, level)  # draws reach the bound itself, as sets of one unit do
+    else:
+        level = level_of_all(ends)
     return {
         "chance": np.array([chance_level([draw.largest for draw in layer]) for layer in free]),
         "matched_chance": np.array([chance_level([draw.largest for draw in layer]) for layer in matched]),
