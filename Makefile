@@ -16,7 +16,7 @@ check: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2
+	$(MAKE) test
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/attribution.py

@@ -25,7 +25,7 @@ from workbench.results import load_frame, load_json, provenance
 
 HERE = Path(__file__).resolve().parent.parent
 METHODS = ("loki", "loki_random")
-#: What runs share, markers last: a copy that was cut short marks nothing as done.
+#: What runs share.
 SHARED = ("recall.parquet", "recall_new.parquet", "facts", "attribution.zarr", "interference.zarr", "stages")
 #: (suite, metric) -> what is drawn.
 PANELS = {
@@ -49,10 +49,13 @@ def one_run(sweep: Sweep, quota: float, seed: int, like: Path | None) -> pd.Data
     """One run at one quota, its recall and attribution copied from an earlier one; what it forgot, summarised."""
     folder = run_folder(sweep.out, quota, seed)
     if like is not None and not folder.exists():
+        part = folder.with_name(f".{folder.name}.part")  # a copy that was cut short is no run
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
         for name in SHARED:
             copy = shutil.copytree if (like / name).is_dir() else shutil.copy2
-            folder.mkdir(parents=True, exist_ok=True)
-            copy(like / name, folder / name)
+            copy(like / name, part / name)
+        part.rename(folder)
     changes = {
         **sweep.settings,
         "out": str(folder),

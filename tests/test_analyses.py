@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -108,6 +109,12 @@ def test_quota_sweep_runs_shares_what_it_can_and_publishes(tmp_path: Path, capsy
     assert "attribution: done before" in logs[0]  # shared with the first run
     assert "attribution: started" in logs[1]
     assert "selection-loki: started" in logs[0]
+    cut_short = tmp_path / "runs" / ".quota20-seed0.part"  # a copy that was stopped, beside which nothing was made
+    shutil.rmtree(tmp_path / "runs" / "quota20-seed0")
+    cut_short.mkdir()
+    (cut_short / "recall.parquet").write_bytes(b"half")
+    assert sweep.main(options) == page
+    assert not cut_short.exists()
 
 
 def smoke(tmp_path: Path) -> list[str]:

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_cli import call
 from test_store import names
@@ -15,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 
 from workbench.attribution import attribute, score_batch
 from workbench.facts import FactSet
+from workbench.models import load_model
 from workbench.results import open_result
 
 SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -164,3 +167,13 @@ def test_the_same_inputs_without_the_fault_go_through(kind: str, tmp_path: Path,
     command = ["attribute", "--model", folder, "--facts", facts, "--out", out, "--method", "grad_x_act", "-q"]
     assert call(monkeypatch, *command) == 0
     assert np.isfinite(open_result(out)["score"].values).all()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+def test_a_wrapped_model_is_refused_with_the_way_out() -> None:
+    wrapped = get_peft_model(random_model("llama"), LoraConfig(target_modules=["down_proj"]))
+    with pytest.raises(ValueError, match="PeftModel is no plain transformers model: merge its adapter first"):
+        load_model(wrapped, tokenizer=tokenizer())
+    with pytest.raises(ValueError, match="OptimizedModule is no plain transformers model: give its _orig_mod"):
+        load_model(torch.compile(random_model("llama")), tokenizer=tokenizer())
+    assert load_model(random_model("llama"), tokenizer=tokenizer()).n_layers == 3

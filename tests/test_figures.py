@@ -94,6 +94,14 @@ def test_a_missing_column_is_named_and_an_empty_frame_refused(name):
         draw(frame.drop(columns=column), *rest)
 
 
+def test_relations_that_begin_alike_keep_rows_of_their_own():
+    names = [f"the capital city of a country in {place}" for place in ("Europe", "Asia")]
+    fig = figures.recall_by_relation(RECALL.iloc[[0, 1]].assign(relation=names))
+    assert set(fig.data[0].y) == set(fig.data[1].y) == set(names)
+    assert list(fig.layout.yaxis.tickvals) == list(fig.data[0].y)
+    assert all(len(shown) <= 28 for shown in fig.layout.yaxis.ticktext)
+
+
 def test_recall_puts_shares_and_counts_where_they_belong():
     fig = figures.recall_by_relation(RECALL)
     points, known, unknown = fig.data

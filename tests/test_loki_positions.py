@@ -1,6 +1,7 @@
-"""A position file that was published with LoKI, where it lies beside the project: read, trained, written back."""
+"""A position file that was published with LoKI (`LOKI_POSITIONS` says where it is): read, trained, written back."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,11 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from workbench.loki import LokiConfig
 from workbench.selection import Selection
 
-FILE = Path(__file__).parent.parent.parent / "shared/data/loki_positions/qwen2.5-0.5b-instruct_q10.json"
+FILE = Path(os.environ.get("LOKI_POSITIONS", "positions.json"))  # qwen2.5-0.5b-instruct, 10% of the nodes
 N_LAYERS, WIDTH, CHOSEN = 24, 896, 89  # floor(896 / 10)
 
 pytestmark = [
-    pytest.mark.skipif(not FILE.is_file(), reason="the published file is not in ../shared/data/loki_positions"),
+    pytest.mark.skipif(not FILE.is_file(), reason="LOKI_POSITIONS names no published file of positions"),
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
 

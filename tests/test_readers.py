@@ -229,6 +229,8 @@ GOOD = json.dumps(NATIVE)
         ("a.csv", 'prompt,answer\n"x\ny",\n', "line 2: field 'answer' is empty"),
         ("a.csv", "prompt,answer,neighbours\nx,y,z\n", "line 2: column 'neighbours' is not valid JSON"),
         ("a.csv", "prompt,answer,answer_in_prompt\nx,y,maybe\n", "'answer_in_prompt' is 'maybe', not true or false"),
+        ("a.json", f'[{{"prompt": "x", "answer": {"9" * 5000}}}]', "a.json: holds a number that is too long"),
+        ("a.jsonl", f'{{"prompt": "x", "answer": {"9" * 5000}}}', "a.jsonl, line 1: .* too long a number"),
         ("a.parquet", "no", "not a parquet file"),
     ],
 )

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tests.run_folder import NASTY, fabricate_forgetting, fabricate_run
 from workbench import intervals
 from workbench.attribution import by_layer
-from workbench.reporting import findings, publish, report, tables
+from workbench.reporting import findings, publish, report, sections, tables
 from workbench.reporting.artefacts import read_artefacts
 from workbench.reporting.page import safe_json
 from workbench.reporting.publishing import find_browser
@@ -257,6 +257,32 @@ def test_unequal_efficacy_is_said_and_equal_efficacy_is_not():
     assert "does not compare" not in told([1] * 10)
 
 
+def test_sentences_fit_results_that_are_all_alike():
+    table = pd.DataFrame({"relation": ["a", "b", "all"], "known": [5, 5, 10], "unknown": 2, "share": [0.7, 0.7, 0.7]})
+    assert len(findings.about_recall(table, pd.DataFrame())) == 1  # no relation is known best
+    differing = table.assign(share=[0.5, 0.7, 0.6])
+    assert "“b” best (70%) and “a” least (50%)" in " ".join(findings.about_recall(differing, pd.DataFrame()))
+    ranks = pd.DataFrame({"fact": ["f", "g"], "rank": 1, "layer": 3, "unit": 7})
+    assert findings.about_strongest(ranks, "node") == ["Layer 3 node 7 is the strongest node of each of 2 facts."]
+    assert findings.about_strongest(ranks[:1], "node") == ["Layer 3 node 7 is the strongest node of 1 fact."]
+    assert "differs between facts: 2 nodes" in findings.about_strongest(ranks.assign(unit=[7, 8]), "node")[0]
+    pair = pd.DataFrame({"fact": ["f"], "other": ["g"], "overlap": [0.5], "same_relation": [True]})
+    assert len(findings.about_pairs(pair)) == 1
+    assert "over 1 fact," in findings.versus(accuracy("retained", loki=[1], lora=[0]), "retained")[0]
+
+
+@pytest.mark.parametrize(("method", "says"), [("activation", False), ("random", False), ("ig", True)])
+def test_scores_that_are_no_share_of_an_effect_are_not_called_one(run, method, says):
+    found = read_artefacts(run)
+    changed = replace(found, attribution=found.attribution.assign_attrs(method=method))
+    text = " ".join(
+        " ".join([section.about, *(line for panel in section.panels for line in panel.findings)])
+        for section in (sections._scores(changed), sections._units(changed))
+    )
+    for words in ("contributes to the answer", "leave unexplained", "support the answer", "nats per unit"):
+        assert (words in text) == says or (words == "leave unexplained" and says)
+
+
 def test_training_that_fell_short_is_said():
     record = {"efficacy": 0.58, "target_efficacy": 0.95, "steps": 80, "trainable_parameters": 49152}
     (short,) = findings.about_training({"lora": {**record, "reached": False}}, pd.DataFrame())
@@ -264,6 +290,13 @@ def test_training_that_fell_short_is_said():
     (fine,) = findings.about_training({"lora": {**record, "efficacy": 0.96, "reached": True}}, pd.DataFrame())
     assert fine.startswith("LoRA answers 96% of the new facts (asked for: 95%)")
     assert "49,152 parameters" in fine
+    by_loss = {**record, "target_loss": 0.5, "efficacy": 0.12}
+    (loss,) = findings.about_training({"lora": {**by_loss, "reached": True}}, pd.DataFrame())
+    assert loss.startswith("LoRA answers 12% of the new facts (asked for: loss of 0.5")
+    (lost,) = findings.about_training({"lora": {**by_loss, "reached": False}}, pd.DataFrame())
+    assert "did not reach the loss of 0.5" in lost
+    (epochs,) = findings.about_training({"lora": {**by_loss, "target_loss": 0, "reached": False}}, pd.DataFrame())
+    assert "(asked for: number of epochs)" in epochs
     (unknown,) = findings.about_training({"mine": {}}, pd.DataFrame())
     assert unknown.startswith("Mine: the efficacy was not measured")
 

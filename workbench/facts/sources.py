@@ -90,6 +90,10 @@ def _json_items(path: Path, text: str) -> tuple[tuple[str, Any], ...]:
         if path.suffix.lower() != ".jsonl" and not _is_json(text.strip().split("\n", 1)[0]):
             raise _syntax_error(f"{path}, line {error.lineno}", error) from None
         return tuple(_json_lines(path, text))
+    except ValueError:  # a number of thousands of digits
+        if path.suffix.lower() == ".jsonl":
+            return tuple(_json_lines(path, text))
+        raise ValueError(f"{path}: holds a number that is too long for a fact") from None
     if isinstance(whole, dict) and path.suffix.lower() == ".jsonl":
         line = text[: len(text) - len(text.lstrip())].count("\n") + 1
         return ((f"{path}, line {line}", whole),)

@@ -32,7 +32,7 @@ def recall_by_relation(frame: pd.DataFrame) -> go.Figure:
     """
     check(frame, "recall by relation", ("relation", "known", "unknown", "share", "low", "high"))
     rows = _all_last(frame.sort_values(["share", "relation"], kind="stable"))
-    names = [plain(name, 28) for name in rows["relation"]]
+    names = [plain(name) for name in rows["relation"]]  # in full: two may begin alike
     fig = make_subplots(1, 2, shared_yaxes=True, column_widths=[0.62, 0.38], horizontal_spacing=0.04)
     colours = [GREY if name == ALL else BLUE for name in rows["relation"]]
     fig.add_scatter(
@@ -60,7 +60,8 @@ def recall_by_relation(frame: pd.DataFrame) -> go.Figure:
         )
     fig.update_xaxes(title="known (%)", range=[-3, 103], row=1, col=1)
     fig.update_xaxes(title="facts", row=1, col=2)
-    fig.update_yaxes(type="category", tickfont={"size": 12})
+    short = [plain(name, 28) for name in rows["relation"]]
+    fig.update_yaxes(type="category", tickmode="array", tickvals=names, ticktext=short, tickfont={"size": 12})
     return styled(fig, height=150 + 21 * len(rows), barmode="stack")
 
 

@@ -51,6 +51,9 @@ def load_model(
             trust_remote_code=trust_remote_code,
         )
         return hook(loaded.hf, loaded.tokenizer, name=loaded.name, path=loaded.path)
+    if hasattr(name_or_path, "get_base_model") or hasattr(name_or_path, "_orig_mod"):  # peft's, torch.compile's
+        way = "give its _orig_mod" if hasattr(name_or_path, "_orig_mod") else "merge its adapter first"
+        raise ValueError(f"A {type(name_or_path).__name__} is no plain transformers model: {way}.")
     if not hasattr(name_or_path, "config"):
         raise ValueError(f"A {type(name_or_path).__name__} is no transformers model: it has no config.")
     if any(parameter.is_meta for parameter in name_or_path.parameters()):

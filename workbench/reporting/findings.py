@@ -27,8 +27,8 @@ def about_recall(table: pd.DataFrame, new: pd.DataFrame) -> list[str]:
     whole = table[table["relation"] == "all"].iloc[0]
     sentences = [f"The model answers {_of(int(whole['known']), int(whole['known'] + whole['unknown']))}."]
     parts = table[~table["relation"].isin(["all", NO_RELATION])].sort_values("share", kind="stable")
-    if len(parts) > 1:
-        least, most = parts.iloc[0], parts.iloc[-1]
+    least, most = (parts.iloc[0], parts.iloc[-1]) if len(parts) else (whole, whole)
+    if most["share"] > least["share"]:
         sentences.append(
             f"It knows the relation “{most['relation']}” best ({percent(most['share'])}) and “{least['relation']}” "
             f"least ({percent(least['share'])})."
@@ -74,6 +74,8 @@ def about_strongest(table: pd.DataFrame, kind: str) -> list[str]:
     counts = first.groupby(["layer", "unit"]).size().sort_values(ascending=False, kind="stable")
     (layer, unit), hits, facts = counts.index[0], int(counts.iloc[0]), len(first)
     per_layer = first["layer"].value_counts().sort_index()
+    if len(counts) == 1:
+        return [f"Layer {layer} {kind} {unit} is the strongest {kind} of {'each of ' * (facts > 1)}{_facts(facts)}."]
     sentences = [
         f"The strongest {kind} differs between facts: {len(counts)} {kind}s share the first place of {facts} facts."
     ]
@@ -82,7 +84,7 @@ def about_strongest(table: pd.DataFrame, kind: str) -> list[str]:
             f"The most frequent one, layer {layer} {kind} {unit}, comes first for {hits} of {facts} facts."
         )
     busiest = int(per_layer.idxmax())
-    sentences.append(f"Layer {busiest} holds the strongest {kind} of {int(per_layer.max())} facts.")
+    sentences.append(f"Layer {busiest} holds the strongest {kind} of {_facts(int(per_layer.max()))}.")
     return sentences
 
 
@@ -91,10 +93,8 @@ def about_pairs(pairs: pd.DataFrame) -> list[str]:
     if pairs.empty:
         return []
     top, same = pairs.iloc[0], int(pairs["same_relation"].sum())
-    return [
-        f"“{top['fact']}” and “{top['other']}” share most: their mean overlap is {number(top['overlap'])}.",
-        f"Of the {len(pairs)} closest pairs, {same} are of one relation.",
-    ]
+    lead = f"“{top['fact']}” and “{top['other']}” share most: their mean overlap is {number(top['overlap'])}."
+    return [lead, f"Of the {len(pairs)} closest pairs, {same} are of one relation."][: len(pairs)]
 
 
 def about_relations(table: pd.DataFrame, pairs: int | None = None) -> list[str]:
@@ -173,13 +173,16 @@ def about_training(training: Mapping[str, Mapping[str, Any]], history: pd.DataFr
         size = record.get("trainable_parameters")
         parts = f" It trains {number(size)} parameters." if size is not None else ""
         within = f" after {listed(spent)}" if spent else ""
+        loss, asked = record.get("target_loss"), None if target is None else percent(target)
+        if loss is not None:  # it ends the training in the place of the efficacy; 0: epochs alone do
+            asked = f"loss of {number(loss)}" if loss > 0 else "number of epochs"
         if efficacy is None:
             sentences.append(f"{name}: the efficacy was not measured{within}.{parts}")
-        elif record.get("reached", True):
-            goal = f" (asked for: {percent(target)})" if target is not None else ""
+        elif record.get("reached", True) or loss == 0:
+            goal = f" (asked for: {asked})" if asked is not None else ""
             sentences.append(f"{name} answers {percent(efficacy)} of the new facts{goal}{within}.{parts}")
         else:
-            goal = f"the {percent(target)} asked for" if target is not None else "the efficacy asked for"
+            goal = f"the {asked or 'efficacy'} asked for"
             sentences.append(
                 f"{name} did not reach {goal}: it ended at {percent(efficacy)}{within}, so what it forgets is not "
                 f"comparable at equal efficacy.{parts}"
@@ -265,7 +268,7 @@ def versus(forgetting: pd.DataFrame, suite: str) -> list[str]:
             words.append(f"answers {word} than {method_name(other)} ({size})")
     if not words:
         return []
-    over = f"{min(counts)} facts" if len(counts) == 1 else f"{min(counts)} to {max(counts)} facts"
+    over = _facts(min(counts)) if len(counts) == 1 else f"{min(counts)} to {max(counts)} facts"
     return [
         f"On {SUITE_WORDS.get(suite, suite)}, {method_name(first)} {listed(words)}; paired bootstrap over {over}, "
         "95% intervals."
@@ -307,7 +310,11 @@ def about_change(facts: pd.DataFrame) -> list[str]:
 def _of(hits: int, total: int) -> str:
     low, high = wilson(hits, total)
     share = percent(hits / total) if total else "none"
-    return f"{number(hits)} of {number(total)} facts ({share}, 95% interval {low * 100:.0f} to {high * 100:.0f}%)"
+    return f"{number(hits)} of {_facts(total)} ({share}, 95% interval {low * 100:.0f} to {high * 100:.0f}%)"
+
+
+def _facts(count: int) -> str:
+    return f"{number(count)} fact{'' if count == 1 else 's'}"
 
 
 def _counts(shares: pd.DataFrame) -> str:

@@ -45,7 +45,8 @@ def _known(run: Artefacts) -> Section:
 
 def _scores(run: Artefacts) -> Section:
     table, unit = by_layer(run.attribution, draws=DRAWS, seed=SEED), _score_unit(run)
-    gap = run.attribution["gap"].values if "gap" in run.attribution else None
+    shares = run.attribution.attrs.get("method") not in NO_EFFECT
+    gap = run.attribution["gap"].values if "gap" in run.attribution and shares else None
     text = findings.about_scores(table, gap, unit)
     text += findings.about_attributed(run.attribution["fact"].values.astype(str).tolist(), run.recall)
     relations = list(table["relation"].unique())
@@ -53,8 +54,9 @@ def _scores(run: Artefacts) -> Section:
     names = ["all relations" if name == "all" else name for name in relations]
     picker = Picker("Relation", names, _patches(drawn))
     panel = Panel("scores", "Mean absolute score of a unit, per layer", drawn[0], text, picker)
+    says = "contributes to the answer" if shares else "scores by this method, which is no share of an effect"
     about = (
-        f"How much one {_kind(run)} of each layer contributes to the answer, on average. The band is the 95% bootstrap "
+        f"How much one {_kind(run)} of each layer {says}, on average. The band is the 95% bootstrap "
         f"interval over facts. {_method(run)}"
     )
     return Section("", "", about, [panel], table, "attribution.zarr", headline=text[:1])
@@ -74,7 +76,9 @@ def _units(run: Artefacts, most: int = 400) -> Section:
     picker = Picker("Fact", [labels[fact] for fact in ids], patches, rows, search=True)
     text = findings.about_strongest(table, kind)
     panel = Panel("units", f"The strongest {kind}s of one fact", drawn, text, picker)
-    about = "Choose a fact to see where it is carried. Bars to the right support the answer, the others oppose it."
+    about = "Choose a fact to see its strongest units."
+    if run.attribution.attrs.get("method") not in NO_EFFECT:
+        about = "Choose a fact to see where it is carried. Bars to the right support the answer, the others oppose it."
     if len(here) > most:
         about += f" The first {most} of {len(here)} facts can be chosen here; the rest is in attribution.zarr."
     return Section("", "", about, [panel], table, "attribution.zarr")
@@ -124,11 +128,13 @@ def _selection(run: Artefacts) -> Section:
 
 
 def _training(run: Artefacts) -> Section:
-    targets = [float(t["target_efficacy"]) for t in run.training.values() if t.get("target_efficacy") is not None]
+    shares = [t.get("target_efficacy") for t in run.training.values() if t.get("target_loss") is None]
+    targets = [float(share) for share in shares if share is not None]
     figure = _json(figures.training_curves(run.history, targets[0] if targets else None))
     text = findings.about_training(run.training, run.history)
     panel = Panel("training", "Loss and efficacy by step", figure, text)
-    about = "Every method is trained on the same new facts until it answers the asked share of them (dotted line)."
+    end = "until it answers the asked share of them (dotted line)" if targets else "until the end that was asked for"
+    about = f"Every method is trained on the same new facts {end}."
     late = [line for line in text if "did not reach" in line]
     return Section("", "", about, [panel], run.history, "implant/", headline=late[:2])
 
@@ -213,6 +219,8 @@ OVERLAP_WORDS = {
     "cosine": "the cosine of the two facts' |score| in a layer",
     "jaccard": "the share of the two facts' top units in a layer that both have",
 }
+#: Methods whose scores are not shares of an effect, and what theirs are.
+NO_EFFECT = {"activation": "of activation", "random": "of a random score", "loki-paper": "of slope"}
 WORDS = {
     "recall": "recall",
     "attribution": "attribution",
@@ -258,7 +266,10 @@ def _fact_rows(run: Artefacts, fact: str) -> list[tuple[str, str]]:
 
 
 def _score_unit(run: Artefacts) -> str:
-    objective = str(run.attribution.attrs.get("objective", "logprob"))
+    method, objective = (str(run.attribution.attrs.get(name, "")) for name in ("method", "objective"))
+    if method in NO_EFFECT:
+        return NO_EFFECT[method]
+    objective = objective or "logprob"
     return {"logprob": "nats", "prob": "probability", "logit": "logits", "margin": "logits"}.get(objective, objective)
 
 

@@ -87,7 +87,7 @@ def load_json(path: str | Path) -> Any:
     try:
         return json.loads(source.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{source} is not valid JSON ({error}): write it again.") from error
+        raise ValueError(f"{source} is not valid JSON ({error}): delete it and start again.") from error
 
 
 def save_frame(frame: pd.DataFrame, path: str | Path) -> Path:
@@ -103,7 +103,7 @@ def load_frame(path: str | Path) -> pd.DataFrame:
     try:
         return pd.read_parquet(source, engine="pyarrow")
     except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
-        raise ValueError(f"{source} is not a readable parquet file ({error}): write it again.") from error
+        raise ValueError(f"{source} is not a readable parquet file ({error}): delete it and start again.") from error
 
 
 def free_bytes(path: Path) -> int:
