@@ -33,7 +33,7 @@ from workbench.attribution import (
     strongest,
 )
 from workbench.attribution.settings import DEFAULTS, _checked_steps
-from workbench.engine import Room
+from workbench.engine import Room, room_for
 from workbench.facts import FactSet, load_facts
 from workbench.metrics import OBJECTIVES, logprob
 from workbench.models import load_model
@@ -494,6 +494,17 @@ def test_it_makes_no_difference_whether_gradients_are_on_around_the_call() -> No
         fresh = load_model(random_model("llama"), tokenizer=tokenizer())  # whose engine is not checked yet
         with around():
             np.testing.assert_array_equal(run(fresh, steps=2)["score"].values, expected)
+
+
+def test_a_fact_whose_single_query_is_more_than_the_memory_asked_for_is_refused_by_id() -> None:
+    model = tiny("llama")
+    longest = max(model.tokenise(FACTS), key=lambda fact: len(fact.ids))
+    room = room_for(model)
+    enough = len(longest.ids) * (room.row + room.key * len(longest.ids)) / 2**30
+    with pytest.raises(ValueError, match=rf"A pass over fact '.*' takes at least {len(longest.ids)} token rows"):
+        run(model, method="grad_x_act", scope="all", memory=0.99 * enough)
+    run(model, method="grad_x_act", scope="all", memory=1.01 * enough)
+    run(model, method="grad_x_act", memory=0.99 * enough)  # one position
 
 
 def test_what_will_not_fit_on_the_disk_is_refused_before_the_first_pass(tmp_path, monkeypatch) -> None:

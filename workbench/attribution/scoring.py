@@ -155,6 +155,8 @@ def prepare(
     tokenised = model.tokenise(facts)
     if settings.target == "predicted":
         tokenised = [replace(fact, answer_ids=(0,)) for fact in tokenised]
+    if memory is not None:
+        _check_fits(tokenised, settings, room)
     labels = {
         "ids": facts.ids,
         "relations": [fact.relation for fact in facts],
@@ -164,6 +166,17 @@ def prepare(
         "attrs": asdict(settings) | {"model_digest": model.digest, "fact_digest": facts.digest},
     }
     return Work(tokenised, room, labels)
+
+
+def _check_fits(facts: Sequence[TokenisedFact], settings: Settings, room: Room) -> None:
+    """Refuse a fact of which a single query is more than the memory that was asked for."""
+    for fact in facts:
+        rows = len(fact.ids) if settings.scope == "all" else len(fact.answer_ids)
+        if (need := rows * (room.row + room.key * len(fact.ids))) > room.budget:
+            raise ValueError(
+                f"A pass over fact {fact.fact_id!r} takes at least {rows} token rows and {need / 2**30:.2g} GiB, more "
+                f"than the {room.budget / 2**30:.2g} GiB asked for: give more with memory=, or leave it out."
+            )
 
 
 Scores = tuple[Float[np.ndarray, "batch layer width"], Float[np.ndarray, "batch layer"], Float[np.ndarray, " batch"]]

@@ -87,7 +87,10 @@ def kind_of(folder: Path) -> str | None:
 def attrs_of(folder: Path) -> dict[str, Any]:
     """The attributes of a stored result, also of a damaged one; none where there is no result."""
     metadata = folder / "zarr.json"
-    record: Any = load_json(metadata) if metadata.is_file() else None
+    try:
+        record: Any = load_json(metadata) if metadata.is_file() else None
+    except ValueError as error:
+        raise ValueError(f"{folder} is damaged (its zarr.json is not JSON): delete it and start again.") from error
     return record.get("attributes", {}) if isinstance(record, dict) else {}
 
 
