@@ -345,6 +345,27 @@ def test_deleting_leaves_one_adapter_active_everywhere():
     assert model.active_adapters == ["upper"]
 
 
+@pytest.mark.filterwarnings("ignore:(You are trying to modify|Already found a `peft_config`):UserWarning")
+@pytest.mark.parametrize(("rows", "options"), [(ROWS, {"r": 1}), ([[2], []], {}), ([[2], []], {"r": 1})])
+@pytest.mark.parametrize("earlier", [0, 2])
+def test_an_adapter_of_the_same_name_leaves_nothing_of_an_earlier_one(earlier, rows, options, tmp_path):
+    base = tiny("opt")
+    train(get_peft_model(base, LokiConfig(selection=ROWS, train_bias=True, r=earlier)))
+    model = get_peft_model(base, LokiConfig(selection=rows, **options))
+    assert torch.equal(logits(model), logits(tiny("opt")))
+    train(model)
+    model.save_pretrained(tmp_path)
+    new = get_peft_model(tiny("opt"), LokiConfig(selection=rows, **options))
+    new.save_pretrained(tmp_path / "new")
+    saved = [load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, tmp_path / "new")]
+    assert saved[0].keys() == saved[1].keys()
+    train(new)
+    assert torch.equal(logits(model), logits(new))
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="'default' is merged into this model; unmerge it first"):
+        get_peft_model(base, LokiConfig(selection=rows, **options))
+
+
 def test_low_rank_has_its_rank_and_its_scale():
     base = tiny()
     model = get_peft_model(base, LokiConfig(selection=ROWS, r=2, loki_alpha=8.0, use_rslora=True))

@@ -50,7 +50,11 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         self.update_layer(adapter_name, site, config)
 
     def update_layer(self, adapter_name: str, site: Site, config: LokiConfig) -> None:
-        """Add the adapter's deltas: zeros, or for r > 0 a zero A and a random B (Kaiming uniform, as LoRA)."""
+        """Add the adapter's deltas, in place of earlier ones of its name.
+
+        They are zeros, or for r > 0 a zero A and a random B (Kaiming uniform, as LoRA).
+        """
+        self.drop(adapter_name)
         n_out, n_in = self.out_features, self.in_features
         if site.axis == "row":
             n_out = len(site.index)
@@ -71,6 +75,12 @@ class LokiLayer(nn.Module, BaseTunerLayer):
         self.scaling[adapter_name] = config.scaling
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def drop(self, adapter_name: str) -> None:
+        """Forget what an adapter of this name left here; which adapters are active stays as it is."""
+        for name in (*self.adapter_layer_names, *self.other_param_names):
+            if adapter_name in (held := getattr(self, name)):
+                del held[adapter_name]
 
     def forward(self, x: Float[Tensor, "*batch d_in"], *args: Any, **kwargs: Any) -> Float[Tensor, "*batch d_out"]:
         """Return the base projection plus the active deltas."""

@@ -41,7 +41,10 @@ class LokiModel(BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
-        """Plan every site, so that a selection that does not fit raises before the model is touched."""
+        """Plan every site, so that a selection that does not fit raises before the model is touched.
+
+        What an earlier adapter of the same name left on other sites goes: it would be trained and saved with this one.
+        """
         assert isinstance(peft_config, LokiConfig)
         assert peft_config.positions is not None
         if peft_config.target_modules is None:  # peft wants them named, and an adapter says what it was trained on
@@ -68,6 +71,16 @@ class LokiModel(BaseTuner):
                     f"{name} already carries a {type(module).__name__} of another method; LoKI needs the plain "
                     "projection, so attach the other method to other modules or merge it first."
                 )
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, LokiLayer)}
+        same = [name for name, config in self.peft_config.items() if config is peft_config]
+        if merged := [name for name in same for layer in layers.values() if name in layer.merged_adapters]:
+            raise ValueError(
+                f"An earlier adapter {merged[0]!r} is merged into this model; unmerge it first (unmerge_adapter), or "
+                "give the new one another name."
+            )
+        for name in layers.keys() - self._sites.keys():
+            for adapter in same:
+                layers[name].drop(adapter)
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:  # type: ignore[override]
         found = super()._check_target_module_exists(peft_config, key)
