@@ -109,10 +109,12 @@ def test_nothing_known_is_nothing_to_watch(inputs, tmp_path) -> None:
         shutil.rmtree(tmp_path / "run")
 
 
-def test_a_selection_that_knows_interference_is_given_it(inputs, tmp_path) -> None:
+def test_a_selection_that_knows_interference_is_given_it(inputs, tmp_path, capsys) -> None:
     once = TRAINING.model_copy(update={"max_epochs": 1})
     one = asked(inputs, strategy="interference_aware", training=once)
+    capsys.readouterr()
     out = finetune(one, tmp_path / "aware", progress=False).path
+    assert capsys.readouterr().err == ""  # no progress bar
     scores, model = open_result(out / "attribution.zarr"), wb.load_model(inputs["model"])
     retained = wb.load_facts(inputs["known"]).filter(ids=[str(i) for i in scores["fact"].values])
     found = wb.interference(model, retained, scores, seed=TRAINING.seed, progress=False)

@@ -261,7 +261,8 @@ class _Way:
         scores = open_result(self.folder.file("attribution.zarr"))
         beside: dict[str, Any] = {}
         if asked.strategy in READ_INTERFERENCE:
-            beside = {"interference": interference(self.model, self.attributed, scores, seed=self.training.seed)}
+            how: dict[str, Any] = {"seed": self.training.seed, "progress": self.progress}
+            beside = {"interference": interference(self.model, self.attributed, scores, **how)}
         if self._reads_new:
             beside["new"] = open_result(self.folder.file("attribution_new.zarr"))
         options: dict[str, Any] = {"strategy": asked.strategy, "score": asked.score, "seed": self.training.seed}
