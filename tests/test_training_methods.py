@@ -310,6 +310,25 @@ def test_an_exported_lora_computes_what_loki_computes(kind: str, options, tmp_pa
     assert load_json(folder / "adapter_config.json")["lora_bias"] == (kind != "llama")
 
 
+@pytest.mark.parametrize("kind", ["merged", "lora"])
+def test_an_adapter_that_cannot_be_read_is_a_sentence(kind: str, tmp_path) -> None:
+    base, folder = tiny("llama"), tmp_path / "adapter"
+    model = attach(copy.deepcopy(base.hf), adapter_for(base, "loki", selection=[[0], [1], [2]]))
+    model.save_pretrained(folder, save_embedding_layers=False)
+    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    weights.write_bytes(weights.read_bytes()[:-3])
+    with pytest.raises(ValueError, match=r"weights of the adapter in .* cannot be read .*was the file cut short\?"):
+        export(folder, tmp_path / "out", kind, base=base)
+    for text in ("{", "[]", "{}", '{"peft_type": "MAGIC"}'):
+        config.write_text(text)
+        for given in (base, None):
+            with pytest.raises(
+                ValueError, match=r"adapter_config\.json does not describe an adapter .*save or copy it"
+            ):
+                export(folder, tmp_path / "out", kind, base=given)
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_exported_model_is_plain(tmp_path) -> None:
     base = tiny("llama")
     done = implant(base, FACTS, config_of("loki", "llama"), QUICK, out=tmp_path / "run", progress=False)

@@ -5,7 +5,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from workbench.loki import load_adapted, merged_copy
+from workbench.loki import load_adapted, merged_copy, read_config
 from workbench.models import HookedModel, load_model, own_tokenizer
 from workbench.results import load_json
 
@@ -52,7 +52,7 @@ def open_model(
 
 def _trained_on(folder: Path, beside: HookedModel | None, device: str, dtype: str) -> HookedModel:
     """The model that an adapter was trained on; by its digest, where `implant` recorded it, else by its name."""
-    named = str(load_json(folder / "adapter_config.json").get("base_model_name_or_path") or "")
+    named = str(read_config(folder).base_model_name_or_path or "")
     record = folder.parent / "training.json"
     about = load_json(record) if record.is_file() else {}
     about = about if isinstance(about, dict) else {}  # somebody's own file of that name

@@ -12,13 +12,13 @@ from .adapters import (
     adapter_for,
     attach,
     check_method,
-    load_adapted,
     merged_copy,
     refuse_unmergeable,
     trainable_parameters,
 )
 from .config import LokiConfig
 from .layer import LokiLayer
+from .loading import load_adapted, put_on, read_config
 from .matching import matched, parameter_count
 from .model import LokiModel
 from .quiet import expected_warnings
@@ -42,6 +42,8 @@ __all__ = [
     "matched",
     "merged_copy",
     "parameter_count",
+    "put_on",
+    "read_config",
     "refuse_unmergeable",
     "trainable_parameters",
 ]

@@ -1,4 +1,4 @@
-"""One way to make the peft configuration of every method, and one way to open what was trained with any of them."""
+"""One way to make the peft configuration of every method, and to put it on a model and merge it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from peft import (
@@ -17,7 +16,6 @@ from peft import (
     LNTuningConfig,
     LoraConfig,
     PeftConfig,
-    PeftModel,
     ShiraConfig,
     get_peft_model,
 )
@@ -298,41 +296,3 @@ def refuse_unmergeable(adapter: PeftConfig | Dense) -> None:
             f"{str(adapter.peft_type).rpartition('.')[2]} puts learned tokens before the text or into attention, which "
             "no weight can hold, so it cannot be merged into a plain model; train a method that changes weights."
         )
-
-
-def load_adapted(
-    folder: str | Path, base: Any = None, *, dtype: str = "auto", device: str = "auto", tokenizer: Any = None
-) -> tuple[nn.Module, Any]:
-    """Return (plain transformers model with the adapter merged into its weights, tokenizer).
-
-    `folder` holds `adapter_config.json` and `adapter_model.safetensors` of any peft method. `base` is a name or
-    folder, a `HookedModel`, or a transformers model (a copy is merged, what was given stays as it is); None takes the
-    base that the adapter names. FileNotFoundError or ValueError say what is missing.
-    """
-    folder = Path(folder)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} holds no {name}, so it is not an adapter saved in safetensors by peft.")
-    config = PeftConfig.from_pretrained(str(folder))
-    refuse_unmergeable(config)
-    model, tokenizer = _base_model(folder, base or config.base_model_name_or_path, dtype, device, tokenizer)
-    with expected_warnings():
-        merged = PeftModel.from_pretrained(model, str(folder), config=config).merge_and_unload()
-    return merged.eval().requires_grad_(False), tokenizer
-
-
-def _base_model(folder: Path, base: Any, dtype: str, device: str, tokenizer: Any) -> tuple[nn.Module, Any]:
-    """Return a base model that nobody else holds, and its tokenizer."""
-    if not base:
-        raise ValueError(f"The adapter in {folder} does not say which model it was trained on; give base=.")
-    if not isinstance(base, (str, Path)):
-        return copy.deepcopy(getattr(base, "hf", base)), tokenizer or getattr(base, "tokenizer", None)
-    from workbench.models import load_hf
-
-    try:
-        loaded = load_hf(base, dtype=dtype, device=device, tokenizer=tokenizer)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"The base {base} of the adapter in {folder} cannot be opened: {error} Or give base=."
-        ) from error
-    return loaded.hf, loaded.tokenizer

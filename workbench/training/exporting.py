@@ -7,11 +7,11 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Float
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from workbench.loki import LokiConfig, LokiLayer, attach, expected_warnings
+from workbench.loki import LokiConfig, LokiLayer, attach, expected_warnings, put_on, read_config
 from workbench.models import HookedModel
 from workbench.models.quiet import quiet
 from workbench.opening import open_model
@@ -61,7 +61,7 @@ def _as_lora(folder: Path, out: Path, base: Any) -> Path:
     """Write the LoRA that equals a LoKI adapter."""
     if not (folder / "adapter_config.json").is_file():
         raise ValueError(f"{folder} is no adapter, and a whole model has no equivalent LoRA; export it as merged.")
-    config = PeftConfig.from_pretrained(str(folder))
+    config = read_config(folder)
     if not isinstance(config, LokiConfig):
         raise ValueError(
             f"{folder} is {load_json(folder / 'adapter_config.json')['peft_type']}, not LoKI; export it as merged."
@@ -70,8 +70,7 @@ def _as_lora(folder: Path, out: Path, base: Any) -> Path:
         raise ValueError(f"{folder} trains {', '.join(config.modules_to_save)} in full too; export it as merged.")
     named = config.base_model_name_or_path
     hooked = base if isinstance(base, HookedModel) else open_model(base or named)
-    with expected_warnings():
-        tuned = PeftModel.from_pretrained(copy.deepcopy(hooked.hf), str(folder), config=config)
+    tuned = put_on(copy.deepcopy(hooked.hf), folder, config)
     modules = cast(nn.Module, tuned.base_model.model).named_modules()
     layers = {name: module for name, module in modules if isinstance(module, LokiLayer)}
     factors = {name: _factors(layer) for name, layer in layers.items()}
