@@ -209,6 +209,22 @@ def test_bad_input_is_one_sentence_and_a_non_zero_exit(arguments, sentence, monk
     assert "Traceback" not in printed
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["implant", "--data", "none.jsonl", "--out", "new", "--layers", "0", "1.5"],
+        ["implant", "--data", "none.jsonl", "--out", "new", "--epochs", "1.5"],
+        ["implant", "--data", "none.jsonl", "--out", "new", "--rank", "2.5"],
+        ["recall", "--facts", "none.jsonl", "--seed", "1.5"],
+        ["select", "scores.zarr", "--out", "x.json", "--layers", "0.5"],
+    ],
+)
+def test_a_whole_number_is_not_rounded(arguments, monkeypatch, capsys, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, *arguments) == 2
+    assert f'unable to convert "{arguments[-1]}" into int' in "".join(capsys.readouterr())
+
+
 def test_a_run_without_methods_and_with_harm_is_asked_for_by_name(monkeypatch, tmp_path) -> None:
     asked: list[Config] = []
 

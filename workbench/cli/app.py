@@ -6,10 +6,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from cyclopts import App, Parameter
+from cyclopts import App, CoercionError, Parameter, convert
 from cyclopts.validators import Number
+
+
+def whole(type_: Any, tokens: Any) -> Any:
+    """What cyclopts makes of an option, but whole numbers are not rounded: it reads 1.5 as 2 without a word."""
+    if _of_whole_numbers(type_) and not isinstance(tokens, dict):
+        for token in tokens:
+            if "." in token.value:
+                raise CoercionError(token=token, target_type=int)
+    return convert(type_, tokens)
+
+
+def _of_whole_numbers(type_: Any) -> bool:
+    """Whether a type is int, or a tuple or an option of it."""
+    return type_ is int or any(_of_whole_numbers(part) for part in get_args(type_))
+
 
 app = App(
     name="workbench",
@@ -17,6 +32,7 @@ app = App(
     "without breaking the rest?",
     help_format="plaintext",
     result_action="return_value",
+    default_parameter=Parameter(converter=whole),
 )
 
 Model = Annotated[str, Parameter(help="default's name, folder of safetensors or of an adapter, .gguf file or hub id")]
