@@ -205,7 +205,8 @@ def test_a_second_start_does_only_what_is_missing(inputs, tmp_path, monkeypatch)
 def test_examples_positions_and_a_search(inputs, tmp_path) -> None:
     rows = tmp_path / "rows.json"
     rows.write_text("[[0, 5, 9, 30], [1, 2, 20, 31], [3, 8, 16, 24]]")
-    one = asked(inputs, "mine", selection=str(rows), rates=(1e-9, 3e-2), epochs=60)
+    searched = TRAINING.model_copy(update={"learning_rate": None})
+    one = asked(inputs, "mine", selection=str(rows), rates=(1e-9, 3e-2), epochs=60, training=searched)
     out = finetune(one, tmp_path / "tuned", progress=False).path
     assert load_json(out / "adapter/adapter_config.json")["positions"] == json.loads(rows.read_text())
     found = pd.read_parquet(out / "search.parquet")
@@ -357,6 +358,13 @@ def test_a_saved_selection_says_what_its_units_are(inputs, tmp_path, monkeypatch
         (["--data", "fictional:3", "--rates", "fast"], "--rates takes numbers"),
         (["--data", "fictional:3", "--rates", "1e-3,1e-3"], "must be different positive numbers"),
         (["--data", "fictional:3", "--rates", "1e-3,inf"], "must be different positive numbers"),
+        (["--data", "fictional:3", "--rates", ","], "--rates takes numbers"),
+        (["--data", "fictional:3", "--rates", ""], "--rates takes numbers"),
+        (["--data", "fictional:3", "--rates", "1e-3", "--learning-rate", "5e-2"], "none is given beside them; leave"),
+        (["--data", "fictional:3", "--keep", "0.7"], "say how a --filter keeps facts; name one, or leave them out"),
+        (["--data", "fictional:3", "--filter-weight", "4"], "say how a --filter keeps facts; name one, or leave"),
+        (["--data", "fictional:3", "--watch-drift", "inf"], "watch_drift is a finite bound of at least 0, not inf"),
+        (["--data", "fictional:3", "--seed", "5000000000"], "from 0 to 4294967295, not 5000000000"),
         (["--data", "fictional:3", "--out", "taken"], "taken holds something that is not a fine-tune"),
         (["--data", "fictional:3", "--out", "file"], "file is a file"),
         (["--data", "fictional:3", "--out", "file/below"], "is no folder that you may write to"),

@@ -9,11 +9,11 @@ from typing import Any
 import pandas as pd
 
 from workbench.attribution import attribute
-from workbench.facts import ExampleSet, FactSet, general_text, load_facts, load_training_data
-from workbench.filtering import check_options, filtered, kept_of
+from workbench.facts import ExampleSet, FactSet, general_text
+from workbench.filtering import filtered, kept_of
 from workbench.forgetting import measure_forgetting
 from workbench.interfere import interference
-from workbench.loki import METHODS, adapter_for, check_method, parameter_count
+from workbench.loki import adapter_for, check_method, parameter_count
 from workbench.models import HookedModel, load_model
 from workbench.opening import open_model
 from workbench.recollection import read_facts, recall, text_chunks
@@ -25,7 +25,7 @@ from workbench.training import (
     FineTune,
     TrainingRun,
     card,
-    check_rates,
+    check_finetune,
     efficacy,
     export,
     figures_of,
@@ -53,7 +53,7 @@ def finetune(asked: FineTune, out: str | Path, *, command: str = "", progress: b
     Raises:
         FileNotFoundError, ValueError, PermissionError: what does not fit, before any long work starts.
     """
-    asked, data, retained = check(asked, Path(out))
+    asked, data, retained = check_finetune(asked, Path(out))
     folder = RunDir(Path(out))
     way = _Way(asked, data, retained, folder, command, progress)  # before the folder: what does not fit leaves none
     folder.file("stages").mkdir(parents=True, exist_ok=True)
@@ -69,44 +69,6 @@ def finetune(asked: FineTune, out: str | Path, *, command: str = "", progress: b
                 work()
                 folder.mark_done(name, key, files)
     return folder
-
-
-def check(asked: FineTune, out: Path) -> tuple[FineTune, FactSet | ExampleSet, FactSet]:
-    """What is asked with its unit settled, the data and the retained facts.
-
-    Raises for everything that can be known to be wrong before a model is opened.
-    """
-    kind = check_method(asked.method)
-    if kind == "loki" != asked.method:
-        raise ValueError(f"The method is loki, not {asked.method!r}: strategy and score say what it selects.")
-    for name, value, fits in (
-        ("rank", asked.rank, METHODS[kind].ranked),
-        ("unit", asked.unit, kind == "loki" or asked.selection is not None),
-    ):
-        if value is not None and not fits:
-            raise ValueError(f"The method {asked.method!r} takes no {name}; leave it out.")
-    check_choice(asked.strategy, asked.quota)
-    aware = kind == "loki" and asked.selection is None and asked.strategy in READ_INTERFERENCE
-    if aware and asked.max_facts < 2:
-        raise ValueError(f"{asked.strategy} reads how facts collide, in pairs: give max_facts of 2 or more.")
-    if asked.selection is not None and not Path(asked.selection).is_file():
-        raise FileNotFoundError(f"There is no file {asked.selection} (selection).")
-    asked = asked.settled()
-    check_options(asked.filter, asked.keep, asked.filter_weight)
-    if asked.watch is not None and not 0 <= asked.watch <= 1:
-        raise ValueError(f"watch is a share of the known facts, 0 to 1, not {asked.watch}.")
-    if asked.watch_drift is not None and not asked.watch_drift >= 0:
-        raise ValueError(f"watch_drift is a bound of at least 0, not {asked.watch_drift}.")
-    if asked.rates:
-        check_rates(asked.rates)
-    general_text(asked.general)
-    asked.check_out(out)
-    data = load_training_data(asked.data, format=asked.format)
-    if asked.filter != "all" and not isinstance(data, FactSet):
-        raise ValueError(f"The filter {asked.filter!r} is for facts, and {asked.data} holds examples; leave it out.")
-    if asked.filter != "all" and isinstance(asked.keep, int) and asked.keep > len(data):
-        raise ValueError(f"keep={asked.keep} does not fit: {asked.data} holds {len(data)} facts.")
-    return asked, data, load_facts(asked.retained)
 
 
 class _Way:

@@ -84,7 +84,9 @@ def implant_command(
         Literal["all", "spread", "band", "near_diverse", "random", "loss"],
         Parameter(name="--filter", help="of facts: teach only those that this rule keeps (see workbench filter)"),
     ] = "all",
-    keep: Annotated[str, Parameter(help="of --filter: a share, as 0.7, or a number of facts, as 80")] = "0.7",
+    keep: Annotated[
+        str | None, Parameter(help="of --filter: a share (0.7 when not given), or a number of facts, as 80")
+    ] = None,
     filter_weight: Annotated[
         float | None, Parameter(help="of --filter spread (4 when not given) or near_diverse (1): spread against near")
     ] = None,
@@ -122,6 +124,8 @@ def implant_command(
 
     Example: workbench implant --data mine.jsonl --out tuned --model smollm2-135m
     """
+    if rule == "all" and (keep is not None or filter_weight is not None):
+        raise ValueError("--keep and --filter-weight say how a --filter keeps facts; name one, or leave them out.")
     changes = {
         "target_efficacy": target, "target_loss": target_loss, "learning_rate": learning_rate, "batch_size": batch_size,
         "seed": seed, "loss": loss, "beta": beta, "clip": clip, "refresh": refresh, "gamma": gamma,
@@ -135,7 +139,7 @@ def implant_command(
         selection=None if selection is None else str(selection), layers=layers, rates=_rates(rates), retained=retained,
         max_facts=max_facts, max_retained=max_retained, general=general, format=format, chat=chat, device=device,
         dtype=dtype, epochs=epochs, training=training, watch=watch, watch_drift=watch_drift, filter=rule,
-        keep=share_or_number(keep), filter_weight=filter_weight,
+        keep=share_or_number(keep or "0.7"), filter_weight=filter_weight,
     )  # fmt: skip
     folder = finetune(asked, out, command=shlex.join(["workbench", *sys.argv[1:]]), progress=not quiet)
     from workbench.results import load_frame, load_json
@@ -166,8 +170,10 @@ def export_command(
 
 
 def _rates(text: str | None) -> tuple[float, ...]:
-    """Numbers separated by commas, or one sentence."""
+    """Numbers separated by commas, one at least, or one sentence."""
+    if text is None:
+        return ()
     try:
-        return tuple(float(part) for part in (text or "").split(",") if part.strip())
+        return tuple([float(part) for part in text.split(",") if part.strip()] or [float(text)])
     except ValueError:
         raise ValueError(f"--rates takes numbers separated by commas, as in 3e-4,1e-3, not {text!r}.") from None

@@ -1,6 +1,6 @@
 """Training: one path for LoKI, for every baseline and for full fine-tuning; search, export and cards."""
 
-from workbench.training.asking import FineTune
+from workbench.training.asking import FineTune, check_finetune
 from workbench.training.batches import IGNORED, collate, efficacy, held_out_prompts, labelled, tokenise, trained_prompts
 from workbench.training.cards import card, figures_of
 from workbench.training.exporting import export
@@ -19,6 +19,7 @@ __all__ = [
     "SemanticLoss",
     "TrainingRun",
     "card",
+    "check_finetune",
     "check_rates",
     "collate",
     "efficacy",

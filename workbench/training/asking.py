@@ -2,15 +2,22 @@
 
 import os
 from dataclasses import asdict, dataclass, field, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
 from workbench.config import TrainConfig
-from workbench.filtering import weight_of
+from workbench.facts import ExampleSet, FactSet, general_text, load_facts, load_training_data
+from workbench.filtering import check_options, weight_of
+from workbench.loki import METHODS, check_method
 from workbench.results import load_json
+from workbench.selection import READ_INTERFERENCE, check_choice
+from workbench.training.search import check_rates
 
 #: What a start leaves that was stopped before its settings were written.
 BEGUN = {".lock", "stages"}
+#: Seeds are below this: numpy takes no others.
+SEEDS = 2**32
 
 
 @dataclass(frozen=True)
@@ -122,3 +129,45 @@ class FineTune:
             raise PermissionError(
                 f"{out} cannot be written: {there} is no folder that you may write to; give another out."
             )
+
+
+def check_finetune(asked: FineTune, out: Path) -> tuple[FineTune, FactSet | ExampleSet, FactSet]:
+    """What is asked with its unit settled, the data and the retained facts.
+
+    Raises for everything that can be known to be wrong before a model is opened.
+    """
+    kind = check_method(asked.method)
+    if kind == "loki" != asked.method:
+        raise ValueError(f"The method is loki, not {asked.method!r}: strategy and score say what it selects.")
+    for name, value, fits in (
+        ("rank", asked.rank, METHODS[kind].ranked),
+        ("unit", asked.unit, kind == "loki" or asked.selection is not None),
+    ):
+        if value is not None and not fits:
+            raise ValueError(f"The method {asked.method!r} takes no {name}; leave it out.")
+    check_choice(asked.strategy, asked.quota)
+    aware = kind == "loki" and asked.selection is None and asked.strategy in READ_INTERFERENCE
+    if aware and asked.max_facts < 2:
+        raise ValueError(f"{asked.strategy} reads how facts collide, in pairs: give max_facts of 2 or more.")
+    if asked.selection is not None and not Path(asked.selection).is_file():
+        raise FileNotFoundError(f"There is no file {asked.selection} (selection).")
+    asked = asked.settled()
+    check_options(asked.filter, asked.keep, asked.filter_weight)
+    if asked.watch is not None and not 0 <= asked.watch <= 1:
+        raise ValueError(f"watch is a share of the known facts, 0 to 1, not {asked.watch}.")
+    if asked.watch_drift is not None and not 0 <= asked.watch_drift < inf:
+        raise ValueError(f"watch_drift is a finite bound of at least 0, not {asked.watch_drift}.")
+    if asked.training.seed >= SEEDS:
+        raise ValueError(f"seed is a whole number from 0 to {SEEDS - 1}, not {asked.training.seed}.")
+    if asked.rates:
+        check_rates(asked.rates)
+        if asked.training.learning_rate is not None:
+            raise ValueError("rates are searched for the learning rate, so none is given beside them; leave one out.")
+    general_text(asked.general)
+    asked.check_out(out)
+    data = load_training_data(asked.data, format=asked.format)
+    if asked.filter != "all" and not isinstance(data, FactSet):
+        raise ValueError(f"The filter {asked.filter!r} is for facts, and {asked.data} holds examples; leave it out.")
+    if asked.filter != "all" and isinstance(asked.keep, int) and asked.keep > len(data):
+        raise ValueError(f"keep={asked.keep} does not fit: {asked.data} holds {len(data)} facts.")
+    return asked, data, load_facts(asked.retained)
