@@ -364,7 +364,7 @@ def test_a_saved_selection_says_what_its_units_are(inputs, tmp_path, monkeypatch
         (["--data", "fictional:3", "--keep", "0.7"], "say how a --filter keeps facts; name one, or leave them out"),
         (["--data", "fictional:3", "--filter-weight", "4"], "say how a --filter keeps facts; name one, or leave"),
         (["--data", "fictional:3", "--watch-drift", "inf"], "watch_drift is a finite bound of at least 0, not inf"),
-        (["--data", "fictional:3", "--seed", "5000000000"], "from 0 to 4294967295, not 5000000000"),
+        (["--data", "fictional:3", "--seed", "5000000000"], "less than 4294967296, got 5000000000"),
         (["--data", "fictional:3", "--out", "taken"], "taken holds something that is not a fine-tune"),
         (["--data", "fictional:3", "--out", "file"], "file is a file"),
         (["--data", "fictional:3", "--out", "file/below"], "is no folder that you may write to"),

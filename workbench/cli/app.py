@@ -23,7 +23,8 @@ def whole(type_: Any, tokens: Any) -> Any:
 
 def _of_whole_numbers(type_: Any) -> bool:
     """Whether a type is int, or a tuple or an option of it."""
-    return type_ is int or any(_of_whole_numbers(part) for part in get_args(type_))
+    parts = get_args(type_)
+    return type_ is int or (float not in parts and any(_of_whole_numbers(part) for part in parts))
 
 
 app = App(

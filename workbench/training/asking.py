@@ -16,8 +16,6 @@ from workbench.training.search import check_rates
 
 #: What a start leaves that was stopped before its settings were written.
 BEGUN = {".lock", "stages"}
-#: Seeds are below this: numpy takes no others.
-SEEDS = 2**32
 
 
 @dataclass(frozen=True)
@@ -157,8 +155,6 @@ def check_finetune(asked: FineTune, out: Path) -> tuple[FineTune, FactSet | Exam
         raise ValueError(f"watch is a share of the known facts, 0 to 1, not {asked.watch}.")
     if asked.watch_drift is not None and not 0 <= asked.watch_drift < inf:
         raise ValueError(f"watch_drift is a finite bound of at least 0, not {asked.watch_drift}.")
-    if asked.training.seed >= SEEDS:
-        raise ValueError(f"seed is a whole number from 0 to {SEEDS - 1}, not {asked.training.seed}.")
     if asked.rates:
         check_rates(asked.rates)
         if asked.training.learning_rate is not None:
