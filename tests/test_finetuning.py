@@ -11,7 +11,7 @@ from command import call
 from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM
 from tiny import FACTS, saved
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import workbench as wb
 from workbench import finetuning
@@ -415,3 +415,53 @@ def test_a_model_that_knows_nothing_can_be_tuned_but_not_attributed(inputs, tmp_
     assert not (tmp_path / "c/attribution.zarr").exists()
     out = finetune(asked(inputs, "mine", retained=str(unknown), method="ia3", epochs=1), tmp_path / "b", progress=False)
     assert set(load_frame(out.file("forgetting.parquet"))["suite"]) == {"general"}
+
+
+def test_a_second_start_makes_anew_what_is_damaged(inputs, tmp_path, caplog) -> None:
+    one = asked(inputs, training=TRAINING.model_copy(update={"max_epochs": 2}))
+    out = finetune(one, tmp_path / "tuned", progress=False).path
+    names = ("adapter/adapter_model.safetensors", "merged/model.safetensors", "adapter/adapter_config.json",
+             "merged/config.json", "selection.json", "recall.parquet", "forgetting.parquet")  # fmt: skip
+    before = {name: (out / name).read_bytes() for name in names}
+    for gone in names[:3]:
+        (out / gone).unlink()
+        finetune(one, out, progress=False)
+    for cut in names:
+        (out / cut).write_bytes(before[cut][:-30])
+        finetune(one, out, progress=False)
+        assert f"{out / cut} cannot be read, and is made anew" in caplog.text
+    assert {name: (out / name).read_bytes() for name in names} == before
+
+    (out / "selection.json").unlink()
+    for chunk in (out / "attribution.zarr/score/c").rglob("*"):
+        if chunk.is_file():
+            chunk.write_bytes(b"abc")
+    finetune(one, out, progress=False)
+    assert (out / "selection.json").read_bytes() == before["selection.json"]
+    for file in ("zarr.json", "score/zarr.json"):
+        (out / "selection.json").unlink()
+        (out / "attribution.zarr" / file).write_text("{")
+        with pytest.raises(ValueError, match=r"attribution\.zarr cannot be read; delete it and start again, which"):
+            finetune(one, out, progress=False)
+        shutil.rmtree(out / "attribution.zarr")
+        finetune(one, out, progress=False)
+    assert (out / "selection.json").read_bytes() == before["selection.json"]
+    for text in ("[]", "{"):
+        (out / "settings.json").write_text(text)
+        with pytest.raises(ValueError, match=r"settings\.json is damaged, .*; give another folder as out"):
+            finetune(one, out, progress=False)
+
+
+def test_weights_in_several_files_are_all_missed(inputs, tmp_path, monkeypatch) -> None:
+    one = asked(inputs, method="full", training=TRAINING.model_copy(update={"max_epochs": 1}))
+    whole = PreTrainedModel.save_pretrained
+    monkeypatch.setattr(
+        PreTrainedModel, "save_pretrained", lambda self, folder: whole(self, folder, max_shard_size="20KB")
+    )
+    out = finetune(one, tmp_path / "tuned", progress=False).path
+    for folder in ("adapter", "merged"):
+        parts = sorted((out / folder).glob("*.safetensors"))
+        assert len(parts) > 1
+        parts[-1].unlink()
+        finetune(one, out, progress=False)
+        assert sorted((out / folder).glob("*.safetensors")) == parts

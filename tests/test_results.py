@@ -485,6 +485,18 @@ def test_a_stage_is_done_only_for_its_key_and_its_files(tmp_path):
     assert not run.stage_done("implant/loki", key)
 
 
+def test_a_name_with_a_star_stands_for_the_files_that_are_there(tmp_path):
+    run = RunDir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"did not write .*\.json"):
+        run.mark_done("merged", 1, ["merged/*.json"])
+    for name in ("a", "b"):
+        save_json({}, run.file(f"merged/{name}.json"))
+    run.mark_done("merged", 1, ["merged/*.json"])
+    assert run.stage_done("merged", 1)
+    run.file("merged/b.json").unlink()
+    assert not run.stage_done("merged", 1)
+
+
 def test_a_stage_can_be_invalidated_and_a_broken_marker_marks_nothing(tmp_path):
     run = RunDir(tmp_path)
     run.invalidate("recall")

@@ -1,5 +1,6 @@
 """A fine-tune that forgets less, for a person with a model and a data file: from known facts to a model with a card."""
 
+import logging
 import shutil
 from collections.abc import Callable, Collection
 from functools import cached_property
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import xarray as xr
 
 from workbench.attribution import attribute
 from workbench.facts import ExampleSet, FactSet, general_text
@@ -17,7 +19,8 @@ from workbench.loki import adapter_for, check_method, parameter_count
 from workbench.models import HookedModel, load_model
 from workbench.opening import open_model
 from workbench.recollection import read_facts, recall, text_chunks
-from workbench.results import RunDir, digest_of, load_frame, load_json, open_result, save_frame, save_json
+from workbench.results import RunDir, digest_of, load_frame, load_json, save_frame, save_json
+from workbench.results.damage import stored_arrays, unreadable
 from workbench.selection import READ_INTERFERENCE, Selection, check_choice, select
 from workbench.semantics import filter_inputs
 from workbench.training import (
@@ -35,6 +38,8 @@ from workbench.training import (
     tokenise,
 )
 
+log = logging.getLogger(__name__)
+
 #: Passes over a person's own examples where nothing else is asked for; facts are repeated until they are known.
 EXAMPLE_EPOCHS = 3
 
@@ -48,7 +53,7 @@ def finetune(asked: FineTune, out: str | Path, *, command: str = "", progress: b
     The folder gets `adapter/`, `merged/` (safetensors and tokenizer, for plain transformers), `README.md` (the card,
     also in both), `forgetting.parquet`, `training.json`, `history.parquet`, and for LoKI `attribution.zarr` and
     `selection.json`; with a filter `filter.parquet`, what became of every fact. A second start with the same settings
-    does only what is missing.
+    does only what is missing or cannot be read.
 
     Raises:
         FileNotFoundError, ValueError, PermissionError: what does not fit, before any long work starts.
@@ -64,11 +69,19 @@ def finetune(asked: FineTune, out: str | Path, *, command: str = "", progress: b
         key = {"settings": asked.settings(), "model": way.model.digest, "data": way.data.digest,
                "retained": way.retained.digest, "text": digest_of(way.general), "selection": units}  # fmt: skip
         for name, files, work in way.stages():
-            if not folder.stage_done(name, key):
+            lost = unreadable(path for file in files for path in folder.path.glob(file))
+            if lost is not None:
+                log.warning("%s cannot be read, and is made anew", lost)
+            if lost is not None or not folder.stage_done(name, key):
                 folder.invalidate(name)
                 work()
                 folder.mark_done(name, key, files)
     return folder
+
+
+def _model_in(folder: str) -> tuple[str, ...]:
+    """Weights, in one file or in several, and configuration of an adapter or a model."""
+    return f"{folder}/*.safetensors", f"{folder}/*config.json"
 
 
 class _Way:
@@ -114,19 +127,15 @@ class _Way:
         """Name, files and work of every stage."""
         selecting: list[tuple[str, tuple[str, ...], Callable[[], None]]] = []
         if self.loki and self.asked.selection is None:
-            new = [("attribution_new", ("attribution_new.zarr",), self._attribute_new)] if self._reads_new else []
-            selecting = [
-                ("attribution", ("attribution.zarr",), self._attribute),
-                *new,
-                ("selection", ("selection.json",), self._select),
-            ]
+            new = ("attribution_new.zarr",) if self._reads_new else ()
+            selecting = [("selection", ("attribution.zarr", *new, "selection.json"), self._select)]
         filtering = [("filter", ("filter.parquet",), self._filter)] if self.asked.filter != "all" else []
         return [
             *filtering,
             ("recall", ("recall.parquet",), self._recall),
             *selecting,
-            ("training", ("adapter", "training.json", "history.parquet"), self._train),
-            ("merged", ("merged",), self._merge),
+            ("training", (*_model_in("adapter"), "training.json", "history.parquet"), self._train),
+            ("merged", _model_in("merged"), self._merge),
             ("forgetting", ("forgetting.parquet",), self._forget),
             ("card", ("README.md", "adapter/README.md", "merged/README.md"), self._describe),
         ]
@@ -206,27 +215,27 @@ class _Way:
         """Whether the selection reads what helps the facts to be taught."""
         return self.asked.strategy in READ_INTERFERENCE and isinstance(self.data, FactSet)
 
-    def _attribute(self) -> None:
-        self._score("attribution", self.attributed)
-
-    def _attribute_new(self) -> None:
-        assert isinstance(self.taught, FactSet)
-        self._score("attribution_new", self.taught.at_most(self.asked.max_facts, self.training.seed))
-
-    def _score(self, name: str, facts: FactSet) -> None:
+    def _score(self, name: str, facts: FactSet) -> xr.Dataset:
+        """Attribute facts, or what an earlier start left to do or what was damaged since."""
         out, unit = self.folder.file(f"{name}.zarr"), self.asked.unit or "node"
         self.folder.begin(name, {"facts": facts.digest, "model": self.model.digest, "unit": unit}, out)
-        attribute(self.model, facts, unit=unit, out=out, progress=self.progress)
+        try:
+            if out.exists():
+                stored_arrays(out, "r")
+        except (OSError, ValueError) as error:  # no other damage is beyond repair
+            raise ValueError(f"{out} cannot be read; delete it and start again, which makes it anew.") from error
+        return attribute(self.model, facts, unit=unit, out=out, progress=self.progress)
 
     def _select(self) -> None:
         asked = self.asked
-        scores = open_result(self.folder.file("attribution.zarr"))
+        scores = self._score("attribution", self.attributed)
         beside: dict[str, Any] = {}
         if asked.strategy in READ_INTERFERENCE:
             how: dict[str, Any] = {"seed": self.training.seed, "progress": self.progress}
             beside = {"interference": interference(self.model, self.attributed, scores, **how)}
         if self._reads_new:
-            beside["new"] = open_result(self.folder.file("attribution_new.zarr"))
+            assert isinstance(self.taught, FactSet)
+            beside["new"] = self._score("attribution_new", self.taught.at_most(asked.max_facts, self.training.seed))
         options: dict[str, Any] = {"strategy": asked.strategy, "score": asked.score, "seed": self.training.seed}
         chosen = select(scores, quota=asked.quota, layers=asked.layers, **options, **beside)
         chosen.save(self.folder.file("selection.json"))
@@ -251,6 +260,8 @@ class _Way:
         return [layer for layer in chosen if config.positions[layer]]  # type: ignore[union-attr]
 
     def _train(self) -> None:
+        for name in ("merged", "forgetting", "card"):
+            self.folder.invalidate(name)  # of another training
         settings = self.training
         if self.asked.rates:
             found = search_learning_rate(

@@ -9,6 +9,9 @@ from typing import Any, Literal
 import numpy as np
 import zarr
 from jaxtyping import Bool
+from safetensors import SafetensorError, safe_open
+
+from workbench.results.files import load_frame, load_json
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +114,23 @@ def check_readable(folder: Path, arrays: Mapping[str, Any], fact_ids: np.ndarray
             f"{folder} is damaged: the numbers of {bad.sum()} facts, the first {fact_ids[bad.argmax()]!r}, cannot be "
             "read; run the same attribution again, which computes only what is lost."
         )
+
+
+def unreadable(files: Iterable[Path]) -> Path | None:
+    """The first file of JSON, parquet or safetensors that cannot be read; of weights the header says how many follow.
+
+    Folders and other files are passed over.
+    """
+    for file in files:
+        try:
+            if file.suffix == ".safetensors":
+                with safe_open(file, "np"):
+                    pass
+            elif file.suffix in (".json", ".parquet"):
+                (load_json if file.suffix == ".json" else load_frame)(file)
+        except (OSError, ValueError, SafetensorError):
+            return file
+    return None
 
 
 def only_scores(attrs: Mapping[str, Any]) -> bool:

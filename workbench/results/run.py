@@ -68,8 +68,12 @@ class RunDir:
         return all(self.file(file).exists() for file in record.get("files", []))
 
     def mark_done(self, name: str, key: Any, files: Iterable[str] = ()) -> None:
-        """Mark the stage as done with this key; call it last, when all its `files` are written."""
-        names = list(files)
+        """Mark the stage as done with this key; call it last, when all its `files` are written.
+
+        A name with a star (`adapter/*.safetensors`) stands for the files of such names that are there now, one at
+        least.
+        """
+        names = [name for file in files for name in self._named(file)]
         missing = [file for file in names if not self.file(file).exists()]
         if missing:
             raise FileNotFoundError(f"The stage {name} did not write {self.file(missing[0])}.")
@@ -106,6 +110,10 @@ class RunDir:
             logger.removeHandler(handler)
             logger.setLevel(level)
             handler.close()
+
+    def _named(self, file: str) -> list[str]:
+        found = sorted(path.relative_to(self.path).as_posix() for path in self.path.glob(file)) if "*" in file else []
+        return found or [file]
 
     def _marker(self, name: str) -> Path:
         return self.file(f"stages/{name}.json")

@@ -115,7 +115,7 @@ class FineTune:
         if out.is_dir() and not {entry.name for entry in out.iterdir()} <= BEGUN:
             if not (out / "settings.json").is_file() or not (out / "stages").is_dir():
                 raise ValueError(f"{out} holds something that is not a fine-tune; give another folder as out.")
-            before, now = FineTune(self.data).settings() | load_json(out / "settings.json"), self.settings()
+            before, now = FineTune(self.data).settings() | _settings_in(out / "settings.json"), self.settings()
             other = [name for name in now if before[name] != now[name]]
             if other:
                 raise ValueError(
@@ -127,6 +127,19 @@ class FineTune:
             raise PermissionError(
                 f"{out} cannot be written: {there} is no folder that you may write to; give another out."
             )
+
+
+def _settings_in(file: Path) -> dict[str, Any]:
+    """The settings of an earlier start, or one sentence where they are lost."""
+    try:
+        settings = load_json(file)
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise ValueError(
+            f"{file} is damaged, so nothing says which fine-tune {file.parent} holds; give another folder as out."
+        )
+    return settings
 
 
 def check_finetune(asked: FineTune, out: Path) -> tuple[FineTune, FactSet | ExampleSet, FactSet]:
