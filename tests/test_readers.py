@@ -218,7 +218,8 @@ GOOD = json.dumps(NATIVE)
         ("a.jsonl", '{"promt": "x", "answer": "y"}\n', "line 1: unknown field 'promt'; did you mean 'prompt'"),
         ("a.jsonl", '{"text": "x"}\n', r"line 1: fits no known format \(found text\); known are native, csv, lre"),
         ("a.json", "[1, 2]", "record 1: fits no known format"),
-        ("a.json", f"[{GOOD}, 2]", "record 2: expected an object with prompt and answer, found int"),
+        ("a.json", f'\n[\n{GOOD},\n\n{{"prompt": "x"}}]', "a.json, line 5, record 2: field 'answer' is missing"),
+        ("a.json", f"[{GOOD}, 2]", "a.json, line 1, record 2: expected an object with prompt and answer, found int"),
         ("a.csv", "prompt,subject\nx,y\n", "a.csv, line 1: column 'answer' is missing"),
         ("a.csv", "prompt,answer,anser\nx,y,z\n", "line 1: unknown column 'anser'; did you mean 'answer'"),
         ("a.csv", "prompt,answer,answer\nx,y,z\n", "line 1: column 'answer' appears more than once"),
@@ -391,7 +392,7 @@ def test_counterfact_true_and_new_targets(tmp_path: Path, caplog: pytest.LogCapt
 )
 def test_counterfact_errors(changes: dict[str, Any], says: str, tmp_path: Path) -> None:
     case = {**COUNTERFACT[0], "requested_rewrite": {**COUNTERFACT[0]["requested_rewrite"], **changes}}  # type: ignore[dict-item]
-    with pytest.raises(ValueError, match=f"counterfact.json, {says}"):
+    with pytest.raises(ValueError, match=f"counterfact.json, line 1, {says}"):
         load_facts(write_json(tmp_path / "counterfact.json", [case]))
 
 
@@ -433,7 +434,7 @@ def test_mmlu_letters_are_not_left_out_although_the_prompt_lists_them(
 
 @pytest.mark.parametrize("answer", [4, -1, "E", True, None, 1.5])
 def test_mmlu_answers_that_are_none_of_the_choices(answer: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"hub.json, record 1: field 'answer' is .*neither an index from 0 to 3"):
+    with pytest.raises(ValueError, match=r"hub.json, line 1, record 1: field 'answer' is .*neither an index from 0 to 3"):
         load_facts(write_hub(tmp_path / "hub.json", answer=answer))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -103,7 +104,20 @@ def _json_items(path: Path, text: str) -> tuple[tuple[str, Any], ...]:
         raise ValueError(f"{path}: holds a single {type(whole).__name__}, not records")
     if not whole:
         raise ValueError(f"{path} is an empty list: there are no facts in it")
-    return tuple((f"{path}, record {number}", record) for number, record in enumerate(whole, start=1))
+    return tuple(_json_records(path, text, whole))
+
+
+def _json_records(path: Path, text: str, records: list[Any]) -> Iterator[tuple[str, Any]]:
+    """The records of a list with their lines: that in which a record begins."""
+    decoder, at, line = json.JSONDecoder(), text.index("[") + 1, text.count("\n", 0, text.index("["))
+    for number, record in enumerate(records, start=1):
+        begins = at
+        while text[begins] in " \t\r\n,":
+            begins += 1
+        line += text.count("\n", at, begins)
+        yield f"{path}, line {line + 1}, record {number}", record
+        _, at = decoder.raw_decode(text, begins)
+        line += text.count("\n", begins, at)
 
 
 def _json_lines(path: Path, text: str) -> list[tuple[str, Any]]:
