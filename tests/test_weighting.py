@@ -18,10 +18,10 @@ from workbench.facts import Example, ExampleSet
 from workbench.loki import LokiConfig, adapter_config
 from workbench.recollection import recall
 from workbench.results import load_json
-from workbench.training import collate, implant, sample_weights, semantic_loss, token_weights
+from workbench.training import collate, implant, losses, sample_weights, semantic_loss, token_weights
 from workbench.training.losses import LOSSES, READS
 from workbench.training.methods import orthogonality
-from workbench.training.weighting import distances_now
+from workbench.training.weighting import Tokens, distances_now
 
 QUICK = TrainConfig(max_epochs=3, batch_size=3, learning_rate=1e-2, target_efficacy=1.0, weight_decay=0.1)
 IGNORED = -100
@@ -352,6 +352,15 @@ def test_in_ones_own_trainer_weights_of_1_are_its_own_loss(accumulate: int, tmp_
         assert losses != pytest.approx(own, rel=1e-4)
         assert not same(found, weights)
     capsys.readouterr()
+
+
+def test_the_embedding_follows_the_model_to_its_device(monkeypatch) -> None:
+    how = semantic_loss("soft", torch.eye(3))  # on the CPU, as the model is before Trainer moves it
+    logits, target = torch.zeros(2, 3, device="meta"), torch.zeros(2, dtype=torch.long, device="meta")
+    there = Tokens(logits, target, target, logits[:, 0])
+    monkeypatch.setattr(losses, "learned_tokens", lambda *given: there)
+    monkeypatch.setattr(losses.Tally, "plus", lambda tally, *given: tally)
+    assert how({"logits": logits[None]}, target[None]).device.type == how.W_E.device.type == "meta"
 
 
 def test_the_embedding_stays_as_it_was() -> None:

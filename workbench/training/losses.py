@@ -89,6 +89,7 @@ class SemanticLoss:
     ) -> Float[Tensor, ""]:
         """The loss per learned token of the whole step; `item` says which of the weighed samples each sequence is."""
         tokens = learned_tokens(outputs["logits"] if isinstance(outputs, dict) else outputs[0], labels)
+        self.W_E = self.W_E.to(tokens.logits.device)  # Trainer may have moved the model since it was copied
         loss, weight = LOSSES[self.settings.loss](self, tokens, item)
         self._since = self._since.plus(tokens.nll, weight)
         self._whole = self._whole.plus(tokens.nll, weight)
