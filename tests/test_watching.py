@@ -234,6 +234,31 @@ def test_a_run_stopped_by_its_bound_ends_within_it(method: str, tmp_path) -> Non
     assert len(pd.read_csv(tmp_path / "watch.csv")) == len(watch.trajectory)
 
 
+@pytest.mark.parametrize("action", ["stop", "freeze_layers"])
+def test_weights_unfrozen_or_frozen_between_readings_go_back_too(action: str, monkeypatch, tmp_path) -> None:
+    class Gradual(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+            model.model.layers[1].requires_grad_(False)
+
+        def on_step_begin(self, args, state, control, model=None, **kwargs) -> None:
+            model.model.layers[1].mlp.requires_grad_(state.global_step >= 4)
+            model.model.layers[2].mlp.requires_grad_(state.global_step < 3)
+
+    model, copies = random_model("llama").requires_grad_(False), Copies()
+    for layer in (0, 1, 2):  # all that Trainer's optimiser has
+        model.model.layers[layer].mlp.requires_grad_(True)
+    watch = DriftWatch(tiny("llama"), known_by(), every=2, drift=1.0, action=action, layers=3)
+    monkeypatch.setattr(watch, "_crossed", lambda rows: [("drift", 2.0)] if watch.last_step == 6 else [])
+    left = train(model, Gradual(), watch, copies, folder=tmp_path, steps=8).model.state_dict()
+    start, second, fourth, fifth = (copies.models[step].state_dict() for step in (0, 2, 4, 5))
+    for name, weight in left.items():
+        untrained = action == "freeze_layers" and "layers.0." in name
+        assert torch.equal(weight, (start if untrained else fourth)[name])
+        if ".mlp." in name:
+            assert torch.equal(fifth[name], fourth[name]) == ("layers.2." in name)
+            assert torch.equal(fourth[name], second[name]) == ("layers.1." in name)
+
+
 def test_a_bound_that_only_the_end_crosses_holds_too(tmp_path) -> None:
     base, retained = tiny("llama"), known_by()
     watch = DriftWatch(base, retained, every=1000, drift=1e-4)

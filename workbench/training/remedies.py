@@ -30,13 +30,14 @@ Done = tuple[bool, dict[str, Any]]
 
 
 @torch.no_grad()
-def keep_trainable(model: nn.Module, kept: dict[str, Tensor]) -> None:
-    """Copy the trainable weights to the CPU, into the copy of before where there is one."""
+def keep_trainable(model: nn.Module, kept: dict[str, Tensor], new: bool = False) -> None:
+    """Copy what trains, or trained when it was last kept, to the CPU; with `new` only what is not kept yet."""
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            if name not in kept:
-                kept[name] = torch.empty_like(parameter, device="cpu", requires_grad=False)
-            kept[name].copy_(parameter)
+        if name in kept:
+            if not new:
+                kept[name].copy_(parameter)
+        elif parameter.requires_grad:
+            kept[name] = parameter.detach().to("cpu", copy=True)
 
 
 @torch.no_grad()

@@ -201,6 +201,11 @@ class DriftWatch(TrainerCallback):
         seconds, self.spent = seconds_until(self.rows)
         self.started -= seconds
 
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Keep what began to train since the last reading, whichever callback unfroze it, before it changes."""
+        if self._bounds() and self.action in ("stop", "freeze_layers"):
+            keep_trainable(model, self.kept, new=True)
+
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Read when it is time to, and at the last step in any case."""
         last = state.global_step >= state.max_steps > 0
