@@ -513,6 +513,23 @@ def test_a_training_too_short_for_its_readings_says_so(monkeypatch, tmp_path, ca
     assert "too short" in caplog.text
 
 
+def test_reading_the_start_again_after_a_resume_is_watching(monkeypatch) -> None:
+    clock, real = Clock(), room.read_probe
+
+    def slow(*args):
+        clock.now += 5.0
+        return real(*args)
+
+    monkeypatch.setattr(room, "read_probe", slow)
+    watch, model = DriftWatch(tiny("llama"), known_by(), every=1000, clock=clock), model_of("lora")
+    state, control = TrainerState(max_steps=110, global_step=100), TrainerControl()
+    watch.on_train_begin(None, state, control, model=model)
+    clock.now, state.global_step = clock.now + 10, 110
+    watch.on_step_end(None, state, control, model=model)
+    about = watch.summary
+    assert (about["seconds_watching"], about["seconds_training"], about["cost"]) == (15, 10, 1.5)
+
+
 def test_the_base_embedding_stays_where_the_trained_model_shares_it(tmp_path) -> None:
     mine = random_model("llama").requires_grad_(True)
     base = load_model(mine, tokenizer=tokenizer())

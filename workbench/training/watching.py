@@ -188,6 +188,7 @@ class DriftWatch(TrainerCallback):
 
     def _resume(self, step: int, model: nn.Module) -> None:
         """Take the start from the base model, and the rows and seconds before this step from an earlier trajectory."""
+        began = self.clock()
         check_resumed(step, model, self.base.hf, self.action if self._bounds() else None)
         W_E = self.W_E.to(self.base.device)
         self.start = {name: read_probe(self.base.hf, facts, W_E, self.metrics) for name, facts in self.groups.items()}
@@ -199,6 +200,7 @@ class DriftWatch(TrainerCallback):
         else:
             self.rows = [{"step": 0, "seconds": 0.0} | row | {"cost": math.nan} for row in rows]
         seconds, self.spent = seconds_until(self.rows)
+        self.spent += self.clock() - began
         self.started -= seconds
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
