@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from workbench.cli.change import _show_average
 from workbench.figures import forgetting_compared
 from workbench.forgetting import loki_average, mcnemar, paired
 from workbench.intervals import means
@@ -22,6 +23,17 @@ def test_average_by_hand() -> None:
     assert loki_average({"a": 0.6, "b": 0.4, "c": 0.2}, {"c": 0.21, "b": 0.3, "a": 0.54}) == pytest.approx(10)
     assert loki_average({"a": 0.3}, {"a": 0.3}) == 0
     assert loki_average({"a": 0.3}, {"a": 0.0}) == 100
+
+
+def test_the_command_averages_filtered_metrics_too_and_names_what_it_leaves_out(capsys) -> None:
+    rows = [("sums", "exact_match:strict-match", 0.5, 0.1), ("sums", "exact_match:flexible", 0.6, 0.6),
+            ("reading", "accuracy", 0.8, 0.8),
+            ("lost", "acc_norm", 0.0, 0.0), ("prose", "word_perplexity", 9.0, 8.0)]  # fmt: skip
+    _show_average(pd.DataFrame(rows, columns=["suite", "metric", "before", "after"]))
+    printed = capsys.readouterr().out
+    assert "over 2 tasks (LoKI's Avg): 40%" in printed
+    assert "score before is 0: lost." in printed
+    assert "right or wrong there: prose." in printed
 
 
 @pytest.mark.parametrize(

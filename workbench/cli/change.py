@@ -100,13 +100,16 @@ def _tasks(wanted: str) -> list[str]:
 
 
 def _show_average(table: Any) -> None:
-    """Print LoKI's average over the tasks; one whose score before is 0 is left out by name."""
+    """Print LoKI's average over the tasks; those without answers right or wrong, or a score before, are named."""
     from workbench.forgetting import ANSWERED, loki_average
 
-    scores = table[table["metric"].isin(ANSWERED)].drop_duplicates("suite").set_index("suite")[["before", "after"]]
+    answered = table[table["metric"].str.split(":").str[0].isin(ANSWERED)]  # lm-eval's filter follows the colon
+    scores = answered.drop_duplicates("suite").set_index("suite")[["before", "after"]]
     counted = scores[scores["before"] > 0]
     if len(counted):
         average = loki_average(counted["before"].to_dict(), counted["after"].to_dict())
         print(f"Average loss over {len(counted)} tasks (LoKI's Avg): {average:.4g}%")
     if zero := sorted(set(scores.index) - set(counted.index)):
         print(f"Left out of the average, because the score before is 0: {', '.join(zero)}.")
+    if others := sorted(set(table["suite"]) - set(scores.index)):
+        print(f"Left out of the average, because nothing is right or wrong there: {', '.join(others)}.")
