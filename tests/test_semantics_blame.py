@@ -204,6 +204,34 @@ def test_weights_elsewhere_are_counted_and_what_does_not_fit_is_refused(caplog: 
         attribute_drift(first, half, FACTS)
 
 
+@pytest.mark.parametrize(
+    ("other", "sentence"),
+    [
+        (("llama", {"intermediate_size": 48}), r"gate_proj.weight is \(40, 32\) and \(48, 32\)"),
+        (("llama", {"num_key_value_heads": 4}), r"k_proj.weight is \(16, 32\) and \(32, 32\)"),
+        (("qwen2", {}), r"q_proj.bias is missing and \(32,\)"),
+    ],
+)
+def test_models_of_other_weights_are_refused_either_way(other, sentence: str) -> None:
+    first, second = base(), load_model(random_model(other[0], **other[1]), tokenizer=tokenizer())
+    units = Selection.from_positions([[0], [], []], unit="node", n_units=32)
+    with pytest.raises(ValueError, match=sentence):
+        attribute_drift(first, second, FACTS, selection=units)
+    for call_of in (changed_units, lambda a, b: elsewhere(a, b, units)):
+        with pytest.raises(ValueError, match="not of one architecture"):
+            call_of(second, first)
+
+
+def test_an_untied_copy_of_a_tied_model_can_be_blamed() -> None:
+    first = load_model(random_model("llama", tie_word_embeddings=True), tokenizer=tokenizer())
+    second = load_model(random_model("llama"), tokenizer=tokenizer())
+    second.hf.load_state_dict(first.hf.state_dict())
+    with torch.no_grad():
+        second.W_U.mul_(2)
+    units = Selection.from_positions([[0], [], []], unit="node", n_units=32)
+    assert elsewhere(first, second, units) == elsewhere(second, first, units) == ["lm_head.weight"]
+
+
 def test_the_commands_give_what_the_functions_give(tmp_path, monkeypatch, capsys) -> None:
     facts = str(FACTS.save(tmp_path / "facts.jsonl"))
     folders = [str(saved(tmp_path / "a")), str(tmp_path / "b")]

@@ -29,6 +29,7 @@ from workbench.semantics.reverting import (
     changed_units,
     changes,
     check_fits,
+    check_same_weights,
     elsewhere,
     partly_reverted,
     reverted,
@@ -87,13 +88,15 @@ def attribute_drift(
         share, seed.
 
     Raises:
-        ValueError: nothing differs, or an attribution or selection that does not fit.
+        ValueError: nothing differs, weights of other names, shapes or types, or an attribution or selection that does
+            not fit.
     """
     if not 0 < share <= 0.5 or draws < 1:
         raise ValueError(f"share is {share} and draws is {draws}: give a share above 0, up to 0.5, and a draw or more.")
     first = open_model(before, beside=hooked_among(after), tokenizer=tokenizer)
     second = open_model(after, beside=first, tokenizer=tokenizer)
     check_comparable(first, second)
+    check_same_weights(first, second)
     tokens = first.tokenise(facts)
     if attribution is not None:
         check_asked(attribution, facts.texts)

@@ -55,9 +55,9 @@ def changed_units(before: HookedModel, after: HookedModel, unit: str | None = No
     differ, nodes where it is equal, so that the units that LoKI trained are found as they were chosen.
 
     Raises:
-        ValueError: weights of different types, which differ everywhere.
+        ValueError: weights of different names, shapes or types.
     """
-    check_same_types(before, after)
+    check_same_weights(before, after)
     masks: dict[str, list[np.ndarray]] = {"node": [], "neuron": []}
     for layer in range(before.n_layers):
         differ = _matrix(before.down_proj(layer)) != _matrix(after.down_proj(layer)).to(before.device)
@@ -75,13 +75,13 @@ def changed_units(before: HookedModel, after: HookedModel, unit: str | None = No
 
 def elsewhere(before: HookedModel, after: HookedModel, units: Selection) -> list[str]:
     """Names of the weights that differ beyond some units of the down-projections: what reverting those leaves."""
-    theirs = dict(after.hf.named_parameters())
+    check_same_weights(before, after)
+    first, second = _weights(before), _weights(after)
     inside = {name: layer for layer, name in enumerate(before.down_names)}
     names = []
-    for name, ours in before.hf.named_parameters():
-        other = theirs[name].to(ours.device)
+    for name in dict(before.hf.named_parameters()) | dict(after.hf.named_parameters()):  # of a tied pair one
         module, _, kind = name.rpartition(".")
-        differ = ours != other
+        differ = first[name] != second[name].to(first[name].device)
         if module in inside and kind in ("weight", "bias"):
             differ = differ.clone()
             if kind == "weight":
@@ -99,9 +99,9 @@ def reverted(after: HookedModel, before: HookedModel, units: Selection) -> Itera
     """Give some units of `after` the weights of `before` inside the `with`; exact, and put back bit by bit.
 
     Raises:
-        ValueError: a selection that does not fit the model, or weights of different types.
+        ValueError: a selection that does not fit the model, or weights of different names, shapes or types.
     """
-    check_same_types(before, after)
+    check_same_weights(before, after)
     check_fits(units, after)
     kept: list[tuple[Tensor, Place, Tensor, Tensor]] = []
     for layer in range(after.n_layers):
@@ -167,13 +167,21 @@ def partly_reverted(
         yield
 
 
-def check_same_types(before: HookedModel, after: HookedModel) -> None:
-    """Raise unless the two models have weights of one type."""
+def check_same_weights(before: HookedModel, after: HookedModel) -> None:
+    """Raise unless the two models have weights of the same names, shapes and type; tied ones count under each name."""
     if before.dtype != after.dtype:
         raise ValueError(
             f"{before.name} has weights of type {before.dtype} and {after.name} of {after.dtype}, which differ "
             'everywhere; open both with dtype="float32".'
         )
+    ours, theirs = ({name: tuple(one.shape) for name, one in _weights(model).items()} for model in (before, after))
+    for name in ours | theirs:
+        if ours.get(name) != theirs.get(name):
+            sizes = [str(one[name]) if name in one else "missing" for one in (ours, theirs)]
+            raise ValueError(
+                f"{before.name} and {after.name} are not of one architecture: {name} is {sizes[0]} and {sizes[1]}; "
+                "give a model and one that was trained from it."
+            )
 
 
 def check_fits(units: Selection, model: HookedModel) -> None:
@@ -183,6 +191,10 @@ def check_fits(units: Selection, model: HookedModel) -> None:
             f"The selection is over {units.n_layers} layers of {units.n_units} {units.unit}s, but {model.name} has "
             f"{model.n_layers} of {model.width(units.unit)}: give a selection of this model."
         )
+
+
+def _weights(model: HookedModel) -> dict[str, Tensor]:
+    return dict(model.hf.named_parameters(remove_duplicate=False))
 
 
 def _matrix(module: nn.Module) -> Float[Tensor, "d_model d_mlp"]:
