@@ -4,12 +4,15 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny import FACTS, random_model, saved, tiny, tokenizer
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from workbench.config import TrainConfig
 from workbench.forgetting import measure_forgetting
 from workbench.loki import LokiConfig
 from workbench.models import load_model
-from workbench.opening import open_model
+from workbench.opening import check_comparable, open_model
 from workbench.semantics import measure_drift
 from workbench.training import TrainingRun, implant
 
@@ -81,3 +84,24 @@ def test_a_peft_model_is_left_as_it_was() -> None:
     opened = open_model(model, beside=tiny("llama"))
     assert [name for name, _ in model.named_modules()] == names
     torch.testing.assert_close(opened.W_E, tiny("llama").W_E)
+
+
+def test_models_whose_tokenizers_cut_text_otherwise_are_refused(caplog) -> None:
+    words = tokenizer()
+    swapped = words.backend_tokenizer.to_str().replace('"capital":5', '"capital":6').replace('"of":6', '"of":5')
+    first = tiny("llama")
+    other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(swapped))
+    with pytest.raises(ValueError, match=r"cut the same text into other tokens.*tokenizer="):
+        check_comparable(first, load_model(random_model("llama"), tokenizer=other))
+    words.add_special_tokens({"additional_special_tokens": ["<city>"]})  # as a checkpoint may have it
+    check_comparable(first, load_model(random_model("llama"), tokenizer=words))
+    assert not caplog.records
+    words.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    check_comparable(first, load_model(random_model("llama"), tokenizer=words))
+    assert "other special tokens" in caplog.text
+
+
+def test_one_tokenizer_object_costs_nothing(monkeypatch) -> None:
+    first, second = (load_model(random_model("llama"), tokenizer=tiny("llama").tokenizer) for _ in range(2))
+    monkeypatch.setattr(type(first.tokenizer), "__call__", None)
+    check_comparable(first, second)

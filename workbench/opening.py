@@ -1,13 +1,16 @@
 """One way to open whatever a person calls a model: a name, a folder, an adapter, a loaded model."""
 
+import logging
 from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
 
 from workbench.loki import load_adapted, merged_copy, read_config
-from workbench.models import HookedModel, load_model, own_tokenizer
+from workbench.models import PROBES, HookedModel, load_model, own_tokenizer
 from workbench.results import load_json
+
+log = logging.getLogger(__name__)
 
 
 def open_model(
@@ -86,8 +89,25 @@ def check_several(models: Any) -> None:
 
 
 def check_comparable(before: HookedModel, after: HookedModel) -> None:
-    """Raise unless two models have the same layers, widths and vocabulary."""
+    """Raise unless two models have the same layers, widths and vocabulary, and tokenizers that cut text alike.
+
+    A special token that only one of them adds, as a BOS, is warned of.
+    """
     for name in ("n_layers", "d_model", "d_vocab"):
         ours, theirs = getattr(before, name), getattr(after, name)
         if ours != theirs:
             raise ValueError(f"{before.name} and {after.name} cannot be compared: {name} is {ours} and {theirs}.")
+    if before.tokenizer is after.tokenizer or before.tokenizer is None or after.tokenizer is None:
+        return
+    for special in (False, True):
+        first, second = (
+            [list(model.tokenizer(line, add_special_tokens=special).input_ids) for line in PROBES]
+            for model in (before, after)
+        )
+        if first != second and not special:
+            raise ValueError(
+                f"{before.name} and {after.name} cannot be compared: their tokenizers cut the same text into other "
+                "tokens; where one tokenizer is right for both, give it with tokenizer=."
+            )
+        if first != second:
+            log.warning("The tokenizers of %s and %s add other special tokens to a text.", before.name, after.name)

@@ -3,6 +3,7 @@
 from workbench.models.devices import free_memory, peak_memory
 from workbench.models.half import HALF, in_float32
 from workbench.models.hooked import (
+    PROBES,
     HookedModel,
     Patch,
     Unit,
@@ -18,6 +19,7 @@ from workbench.models.sources import default_model, list_models, load_hf
 
 __all__ = [
     "HALF",
+    "PROBES",
     "HookedModel",
     "Patch",
     "Unit",
