@@ -353,8 +353,20 @@ def test_what_a_measure_refuses_is_refused_before_another_starts(monkeypatch) ->
         ("superposition", {"memory": 1e-9}, "second moment"),
         ("gradient", {"memory": 1e-9}, "gradients of"),
     ):
+        names = [last, "suppression"] if "memory" in wrong else ["suppression", last]  # both refuse little memory
         with pytest.raises(ValueError, match=words):
-            measured(model, ["suppression", last], scores=scores, **wrong)
+            measured(model, names, scores=scores, **wrong)
+
+
+def test_an_engine_that_is_refused_is_refused_before_another_measure_starts(monkeypatch) -> None:
+    def refused(model) -> None:
+        raise ValueError("engine")
+
+    monkeypatch.setattr("workbench.interfere.gradients._rows", lambda *given: pytest.fail("started"))
+    scores = scores_of(tiny("llama"))
+    monkeypatch.setattr("workbench.interfere.cross.check_engine", refused)
+    with pytest.raises(ValueError, match="engine"):
+        measured(tiny("llama"), ["gradient", "suppression"], scores=scores)
 
 
 def planted_measures(

@@ -24,7 +24,6 @@ FACTS = 16
 Query = tuple[int, int]
 
 
-@torch.no_grad()
 def suppression(problem: Problem) -> Iterator[Found]:
     """Drop of `log P(y_i)`, in nats, when the top units of fact j at one layer are zeroed at the last prompt token.
 
@@ -36,12 +35,20 @@ def suppression(problem: Problem) -> Iterator[Found]:
     `draws` draws, and random units of similar mean |activation| at that token, in one. One draw of random units is too
     few to judge a pair; the 19 that do cost 21/3 of it. The cost grows with facts^2 x layers: 50 facts on a model of
     30 layers are 225,000 queries of one token with one draw; choose few facts.
+
+    Raises:
+        ValueError: a model on which the engine differs from plain hooks; before any measure reads.
     """
+    check_engine(problem.opened)
+    room = room_for(problem.opened, problem.memory)
+    return _by_layer(problem, room, _batches(problem, room))
+
+
+@torch.no_grad()
+def _by_layer(problem: Problem, room: Room, batches: Sequence[Sequence[int]]) -> Iterator[Found]:
+    """Layer by layer, after all queries."""
     model, layers = problem.opened, problem.layers
     unit = str(problem.attribution.attrs["unit"])
-    check_engine(model)
-    room = room_for(model, problem.memory)
-    batches = _batches(problem, room)
     sets = _silenced(problem)
     n_facts = len(problem.tokens)
     n_sets = (2 + problem.draws) * n_facts
