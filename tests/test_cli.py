@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from command import call
-from tiny import FACTS, saved
+from tiny import FACTS, random_model, saved, tokenizer
 
 import workbench as wb
 from workbench.config import Config
@@ -64,27 +64,39 @@ def test_what_is_read_is_not_written_over_and_a_bad_place_is_known_first(tiny_in
     model, _ = tiny_inputs
     table = tmp_path / "facts.csv"
     table.write_text("prompt,answer\nthe capital of France is,Paris\n")
-    (tmp_path / "folder.csv").mkdir()
+    for name in ("folder.csv", "folder.jsonl"):
+        (tmp_path / name).mkdir()
     monkeypatch.setattr("workbench.opening.open_model", None)
     for command, out, words in (
         ("recall", table, "is what is read here, and would be lost"),
         ("lens", table, "is what is read here, and would be lost"),
         ("recall", tmp_path / "folder.csv", "is a folder"),
-        ("recall", table / "below.csv", "File exists"),
+        ("recall", table / "below.csv", "facts.csv is a file, or lies under one"),
+        ("filter", tmp_path / "folder.jsonl", "is a folder"),
+        ("filter", table / "far" / "below.jsonl", "is a file, or lies under one"),
     ):
         assert call(monkeypatch, command, "--facts", table, "--model", model, "--out", out, "-q") == 1
         assert words in capsys.readouterr().err
     assert table.read_text().startswith("prompt,answer")
 
 
-def test_two_models_are_opened_before_facts_are_asked(tiny_inputs, monkeypatch, capsys) -> None:
+def test_two_models_are_opened_before_facts_are_asked(tiny_inputs, tmp_path, monkeypatch, capsys) -> None:
     model, facts = tiny_inputs
     monkeypatch.setattr("workbench.recollection.recall", lambda *given, **options: pytest.fail("asked"))
-    for command in ("drift", "blame"):
+    random_model("llama", num_hidden_layers=2).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    for command in ("drift", "blame", "forgetting"):
+        assert call(monkeypatch, command, model, tmp_path, "--facts", facts, "--known-only", "-q") == 1
+        assert "n_layers is 3 and 2" in capsys.readouterr().err
         assert call(monkeypatch, command, model, "nowhere/at/all", "--facts", facts, "--known-only", "-q") == 1
         assert "nowhere/at/all" in capsys.readouterr().err
     assert call(monkeypatch, "filter", "--facts", facts, "--model", model, "--out", "x.jsonl", "--keep", "500") == 1
     assert "--keep 500 is more than the 8 facts" in capsys.readouterr().err
+
+
+def test_too_little_text_is_refused_before_a_model_is_opened(tiny_inputs, monkeypatch, capsys) -> None:
+    assert call(monkeypatch, "forgetting", "none", "none", "--facts", tiny_inputs[1], "--max-tokens", 7) == 2
+    assert "--max-tokens" in capsys.readouterr().err
 
 
 def test_recall_equals_the_package(tiny_inputs, tmp_path, monkeypatch, capsys) -> None:

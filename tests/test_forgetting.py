@@ -65,6 +65,16 @@ def test_empty_suites_are_refused_by_name() -> None:
         measure_forgetting(tiny("gpt2"), tiny("gpt2"), {"retained": FACTS, "nothing": []})
 
 
+def test_what_cannot_be_compared_is_refused_before_anything_is_read(monkeypatch) -> None:
+    first, short = tiny("llama"), load_model(random_model("llama", num_hidden_layers=2), tokenizer=tokenizer())
+    monkeypatch.setattr(measuring, "read_facts", lambda *given, **options: pytest.fail("read"))
+    for after in (short, short.hf, {"same": first, "short": short}):
+        with pytest.raises(ValueError, match="n_layers is 3 and 2"):
+            measure_forgetting(first, after, {"facts": FACTS})
+    with pytest.raises(ValueError, match="At least 8 tokens"):
+        measure_forgetting(first, first, {"facts": FACTS, "general": TEXT}, max_tokens=7)
+
+
 def test_several_models_share_what_the_first_says_about_texts(monkeypatch) -> None:
     first, second = tiny("llama"), load_model(random_model("llama", 1), tokenizer=tokenizer())
     read: list[object] = []

@@ -1,5 +1,6 @@
 """Distance and drift: numbers against plain transformers, anchors that are not confirmed, a model against itself."""
 
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +22,7 @@ from workbench.semantics import (
     noise_floor,
     pushed_away,
     semantic_distance,
+    similarity,
     target_of,
 )
 
@@ -226,10 +228,14 @@ def test_folders_and_several_models_by_name(tmp_path) -> None:
     assert frame[frame["method"] == "other"]["change"].abs().max() > 0.1
 
 
-def test_what_does_not_fit_is_refused_in_one_sentence() -> None:
+def test_what_does_not_fit_is_refused_in_one_sentence_before_anything_is_read(monkeypatch) -> None:
     other = load_model(random_model("llama", num_hidden_layers=2), tokenizer=tokenizer())
-    with pytest.raises(ValueError, match="cannot be compared: n_layers is 3 and 2"):
-        measure_drift(tiny("llama"), other, FACTS)
+    with monkeypatch.context() as patch:
+        for room, reading in (("drift", "read"), ("drift", "target_of"), ("similarity", "last_states")):
+            patch.setattr(sys.modules[f"workbench.semantics.{room}"], reading, lambda *given: pytest.fail("read"))
+        for compare in (measure_drift, similarity):
+            with pytest.raises(ValueError, match="cannot be compared: n_layers is 3 and 2"):
+                compare(tiny("llama"), {"same": tiny("llama"), "other": other}, FACTS)
     with pytest.raises(ValueError, match="no metric 'd_emd'"):
         measure_drift(tiny("llama"), tiny("llama"), FACTS, metrics=["d_emd"])
     with pytest.raises(ValueError, match="no anchor 'mean'"):

@@ -1,6 +1,7 @@
 """One way to open whatever a person calls a model: a name, a folder, an adapter, a loaded model."""
 
 import logging
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -82,9 +83,29 @@ def hooked_among(models: Any) -> HookedModel | None:
     return next((model for model in several if isinstance(model, HookedModel)), None)
 
 
+def opened_beside(first: HookedModel, after: Any, tokenizer: Any = None) -> Iterator[tuple[str, HookedModel]]:
+    """The model to compare with `first`, named "after", or several by name, one at a time.
+
+    The first of them, and those that are `HookedModel`s already, are opened and checked at once, so before any reading.
+
+    Raises:
+        ValueError: a model that cannot be compared.
+    """
+    several: dict[str, Any] = dict(after) if isinstance(after, Mapping) else {"after": after}
+
+    def opened(name: str) -> HookedModel:
+        second = open_model(several[name], beside=first, tokenizer=tokenizer)
+        check_comparable(first, second)
+        return second
+
+    soon = {name for place, name in enumerate(several) if not place or isinstance(several[name], HookedModel)}
+    ready = {name: opened(name) for name in several if name in soon}
+    return ((name, ready.pop(name) if name in soon else opened(name)) for name in several)
+
+
 def check_several(models: Any) -> None:
     """Raise for a dictionary of no models."""
-    if isinstance(models, dict) and not models:
+    if isinstance(models, Mapping) and not models:
         raise ValueError("There is no model to compare with: the dictionary of models is empty.")
 
 

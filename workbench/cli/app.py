@@ -93,11 +93,21 @@ def check_out(out: Path | None, kind: str | None, *inputs: str | Path | None) ->
     elif out.suffix not in (".csv", ".parquet"):
         endings = ".csv or .parquet" if kind is None else ".zarr, .csv or .parquet"
         raise ValueError(f"--out must end in {endings}, not {out.name!r}.")
-    elif out.is_dir():
+    check_place(out, *inputs)
+
+
+def check_place(out: Path, *inputs: str | Path | None) -> None:
+    """Raise where nothing can be written, or only over one of the inputs; a folder above is made."""
+    if out.is_dir() and out.suffix != ".zarr":
         raise ValueError(f"{out} is a folder; give the name of a file as --out.")
     if any(given is not None and Path(given).exists() and out.resolve() == Path(given).resolve() for given in inputs):
         raise ValueError(f"{out} is what is read here, and would be lost; give another --out.")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(
+            f"{out} cannot be written: {out.parent} is a file, or lies under one; give another --out."
+        ) from None
     if not os.access(out.parent, os.W_OK):
         raise PermissionError(f"{out} cannot be written: {out.parent} is not yours to write to; give another --out.")
 
@@ -152,11 +162,12 @@ def model_and_facts(model: str, facts: str, asked: Asked) -> tuple[Any, Any]:
 def two_models_and_facts(before: str, after: str, facts: str, asked: Asked) -> tuple[Any, Any, Any]:
     """Two models, and the facts to ask both: which are known, and the chat template, are those of the first."""
     from workbench.facts import load_facts
-    from workbench.opening import open_model
+    from workbench.opening import check_comparable, open_model
 
     chosen = load_facts(facts, format=asked.format)
     first = open_model(before, device=asked.device, dtype=asked.dtype)
     second = open_model(after, beside=first, device=asked.device, dtype=asked.dtype)
+    check_comparable(first, second)
     return first, second, narrowed(first, chosen, asked)
 
 

@@ -4,6 +4,7 @@ import sys
 from typing import Annotated, Any
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 
 from workbench.cli.app import (
     Asked,
@@ -32,7 +33,7 @@ def forgetting_command(
     *,
     facts: Facts = "world",
     tasks: Tasks = "auto",
-    max_tokens: Annotated[int, Parameter(help="tokens of the shipped general text")] = 3000,
+    max_tokens: Annotated[int, Parameter(help="tokens of the shipped general text", validator=Number(gte=8))] = 3000,
     out: Out = None,
     asked: Asked = Asked(),
 ) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from workbench.cli.app import Asked, Facts, Model, app, model_and_facts, show
+from workbench.cli.app import Asked, Facts, Model, app, check_place, model_and_facts, show
 
 
 @app.command(name="filter")
@@ -44,6 +44,8 @@ def filter_command(
     from workbench.filtering import check_options, filtered, kept_of
 
     check_options(rule, share, weight, low)
+    for written in (out, table_file):
+        check_place(written)
     opened, chosen = model_and_facts(model, facts, asked)
     if isinstance(share, int) and share > len(chosen):
         raise ValueError(f"--keep {share} is more than the {len(chosen)} facts there are; give fewer, or a share.")

@@ -12,7 +12,7 @@ from workbench.facts import FactSet
 from workbench.forgetting.harness import find_tasks, read_items
 from workbench.metrics import kl, logprob
 from workbench.models import HookedModel
-from workbench.opening import check_comparable, check_several, hooked_among, open_model
+from workbench.opening import check_several, hooked_among, open_model, opened_beside
 from workbench.recollection import read_facts, text_chunks, text_logits
 
 Suite = FactSet | Sequence[str]
@@ -52,13 +52,17 @@ def measure_forgetting(
         item, `fact` its id: `accuracy`, and what else lm-eval scores. A model against itself gives zeros in `change`.
 
     Raises:
-        ValueError: the two models differ in width, depth or vocabulary, a suite is empty, a task is unknown or has the
-            name of a suite, or lm-eval is not installed.
+        ValueError: the two models differ in width, depth or vocabulary, a suite is empty, fewer than 8 tokens of
+            text are asked for, a task is unknown or has the name of a suite, or lm-eval is not installed; all before
+            anything is read, but for later ones of several models that have to be opened.
     """
     _check(suites, tasks)
     check_several(after)
     manager = find_tasks(tasks) if tasks else None
     first = open_model(before, beside=hooked_among(after), tokenizer=tokenizer)
+    several = opened_beside(first, after, tokenizer)
+    texts = {name: text_chunks(first, suite, max_tokens=max_tokens) for name, suite in suites.items()
+             if not isinstance(suite, FactSet)}  # fmt: skip
 
     def read(model: HookedModel) -> pd.DataFrame:
         frames = [_read_facts(model, suite).assign(suite=name) for name, suite in suites.items()
@@ -68,15 +72,11 @@ def measure_forgetting(
         return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[*KEYS, "value"])
 
     base = read(first)
-    several = after if isinstance(after, Mapping) else {"after": after}
-    texts = {name: text_chunks(first, suite, max_tokens=max_tokens) for name, suite in suites.items()
-             if not isinstance(suite, FactSet)}  # fmt: skip
+    total = len(after) if isinstance(after, Mapping) else 1
     room = 4 * first.d_vocab * sum(len(chunk) for chunks in texts.values() for chunk in chunks) <= KEPT_BYTES
-    of_first = lru_cache(maxsize=None if room and len(several) > 1 else 0)(partial(text_logits, first))
+    of_first = lru_cache(maxsize=None if room and total > 1 else 0)(partial(text_logits, first))
     frames = []
-    for name, model in tqdm(several.items(), unit="model", desc="forgetting", disable=not progress):
-        second = open_model(model, beside=first, tokenizer=tokenizer)
-        check_comparable(first, second)
+    for name, second in tqdm(several, total=total, unit="model", desc="forgetting", disable=not progress):
         own = base.merge(read(second), on=KEYS, suffixes=("", "_after"), validate="one_to_one")
         frames.append(own.rename(columns={"value": "before", "value_after": "after"}).assign(method=name))
         frames += [

@@ -15,7 +15,7 @@ from workbench.distances import toward_and_off
 from workbench.facts import FactSet
 from workbench.intervals import wilson
 from workbench.models import HookedModel
-from workbench.opening import check_comparable, check_several, hooked_among, open_model
+from workbench.opening import check_several, hooked_among, open_model, opened_beside
 from workbench.semantics.anchors import Target, check_anchor, target_of
 from workbench.semantics.distance import DISTANCES, Said, check_metrics, distances, layer_distance, read
 
@@ -66,15 +66,14 @@ def measure_drift(
     anchors = check_anchors(anchor)
     check_several(after)
     first = open_model(before, beside=hooked_among(after), tokenizer=tokenizer)
+    several = opened_beside(first, after, tokenizer)
     tokens = first.tokenise(facts)
     layered = [metric for metric in chosen if metric in _LAYERED]
     targets = {name: target_of(first, facts, name) for name in anchors} if layered else {}
     said = read(first, first, tokens, chosen)
     frames = []
-    several = after if isinstance(after, Mapping) else {"after": after}
-    for name, model in tqdm(several.items(), unit="model", desc="drift", disable=not progress):
-        second = open_model(model, beside=first, tokenizer=tokenizer)
-        check_comparable(first, second)
+    total = len(after) if isinstance(after, Mapping) else 1
+    for name, second in tqdm(several, total=total, unit="model", desc="drift", disable=not progress):
         frames.append(_frame(facts, said, read(second, first, tokens, chosen), targets, chosen).assign(method=name))
     frame = pd.concat(frames, ignore_index=True)
     frame = frame.drop(

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from workbench.facts import FactSet
 from workbench.intervals import SEED, bootstrap, jackknifed
-from workbench.opening import check_comparable, hooked_among, open_model
+from workbench.opening import check_several, hooked_among, open_model, opened_beside
 from workbench.semantics.anchors import last_states
 
 #: Draws of the bootstraps: of RSA each costs three products of a fact x fact matrix per layer.
@@ -46,6 +46,7 @@ def similarity(
     Raises:
         ValueError: fewer than three facts with different prompts, or models that differ in width, depth or vocabulary.
     """
+    check_several(after)
     first = open_model(before, beside=hooked_among(after), tokenizer=tokenizer)
     prompts = [fact.prompt_ids for fact in first.tokenise(facts)]
     if len(set(prompts)) < FEWEST:
@@ -53,13 +54,11 @@ def similarity(
             f"Similarity needs at least {FEWEST} facts with different prompts, and {facts.name!r} has "
             f"{len(set(prompts))}."
         )
+    several = opened_beside(first, after, tokenizer)
     drawn = torch.from_numpy(bootstrap(np.eye(len(facts)), draws=draws, seed=seed))
     old = last_states(first, prompts)
     records = []
-    several = after if isinstance(after, Mapping) else {"after": after}
-    for name, model in several.items():
-        second = open_model(model, beside=first, tokenizer=tokenizer)
-        check_comparable(first, second)
+    for name, second in several:
         new = last_states(second, prompts)
         for layer in tqdm(range(first.n_layers), unit="layer", desc="similarity", disable=not progress):
             found = {
