@@ -434,7 +434,7 @@ def test_mmlu_letters_are_not_left_out_although_the_prompt_lists_them(
 
 @pytest.mark.parametrize("answer", [4, -1, "E", True, None, 1.5])
 def test_mmlu_answers_that_are_none_of_the_choices(answer: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"hub.json, line 1, record 1: field 'answer' is .*neither an index from 0 to 3"):
+    with pytest.raises(ValueError, match=r"hub.json, line 1, record 1: field 'answer' is .*neither an index"):
         load_facts(write_hub(tmp_path / "hub.json", answer=answer))
 
 
