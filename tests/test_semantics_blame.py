@@ -249,6 +249,10 @@ def test_the_commands_give_what_the_functions_give(tmp_path, monkeypatch, capsys
     )
     pd.testing.assert_frame_equal(pd.read_parquet(out), wb.semantic_distance(folders[1], FACTS, base=folders[0]))
     assert "d_soft" in capsys.readouterr().out
+    nothing = ("--facts", facts, "--anchor", "centroid", "--metrics", "d_layer", "-q")
+    assert call(monkeypatch, "distance", folders[0], *nothing) == 0
+    assert "No fact has a distance: choose another --anchor" in (printed := capsys.readouterr().out)
+    assert "Empty" not in printed
     out = tmp_path / "drift.csv"
     assert call(monkeypatch, "drift", *folders, "--facts", facts, "--metrics", "d_emb", "off", "--out", str(out)) == 0
     assert set(pd.read_csv(out)["metric"]) == {"d_emb", "off"}

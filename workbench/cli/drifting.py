@@ -48,7 +48,10 @@ def distance_command(
     frame = semantic_distance(opened, chosen, **options, progress=not asked.quiet)
     if dropped := frame.attrs["dropped"]:
         print(f"d_layer leaves out {dropped} of {len(chosen)} facts: the model does not confirm their anchor.")
-    show(distance_summary(frame))
+    if frame["valid"].any():
+        show(distance_summary(frame))
+    else:
+        print("No fact has a distance: choose another --anchor, or d_emb or d_soft as --metrics, which need none.")
     write_table(frame, out)
 
 
