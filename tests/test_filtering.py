@@ -92,6 +92,38 @@ def test_near_diverse_is_never_better_and_mostly_as_good_as_brute_force() -> Non
     assert nearest < 0.7 * cases
 
 
+def test_near_diverse_equals_a_search_of_all_exchanges() -> None:
+    draw, exchanged = np.random.default_rng(0), 0
+    for case in range(60):
+        n, lam = int(draw.integers(5, 40)), float(draw.choice([0.0, 0.3, 5.0, 1e3]))
+        k, d, z = int(draw.integers(1, n)), np.sort(draw.random(n)), draw.normal(size=(n, 4))
+        rows = unit(z)
+        rows[0] *= case % 2  # a row of zeros
+
+        def objective(subset, d=d, rows=rows, lam=lam) -> float:
+            return d[subset].mean() + lam * (rows[subset].sum(0) ** 2).sum() / len(subset) ** 2
+
+        kept: list[int] = []
+        for _ in range(k):
+            kept.append(min(set(range(n)) - set(kept), key=lambda i, kept=kept: objective([*kept, i])))
+        while True:
+            others = [[*(set(kept) - {i}), j] for i in kept for j in range(n) if j not in kept]
+            best = min(others, key=objective)
+            if objective(best) >= objective(kept) - 1e-12 * (1 + lam):
+                break
+            kept, exchanged = best, exchanged + 1
+        assert near_diverse(pool(d, k, lam, rows)).tolist() == sorted(kept)
+    assert exchanged > 20
+
+
+def test_near_diverse_judges_few_exchanges_of_many_facts(monkeypatch) -> None:
+    draw, n = np.random.default_rng(0), 600
+    judged, pairs = [], np.ix_
+    monkeypatch.setattr(np, "ix_", lambda *given: judged.append(len(given[0]) * len(given[1])) or pairs(*given))
+    near_diverse(pool(draw.random(n), 300, 1.0, draw.normal(size=(n, 16))))
+    assert 0 < max(judged) < 300 * 300 / 10
+
+
 def test_near_diverse_prefers_what_is_different() -> None:
     z = np.array([[1.0, 0], [1, 0], [1, 0], [-1, 0]])
     assert near_diverse(pool([0.1, 0.2, 0.3, 0.4], 2, 1.0, z)).tolist() == [0, 3]
@@ -220,6 +252,7 @@ def test_numbers_of_numpy_are_shares_and_counts_as_pythons_are() -> None:
         ({"rule": "near_diverse", "embeddings": np.ones((3, 2))}, "4 rows"),
         ({"rule": "loss"}, "needs loss"),
         ({"rule": "loss", "loss": pd.Series({"f0": 1.0})}, "3 facts have no loss, the first is 'f1'"),
+        ({"rule": "spread", "low": 0.9}, "of the rule band alone, got 0.9 for spread"),
         ({"rule": "band", "low": 0.9}, r"cannot start at the quantile low=0.9"),
         ({"facts": None}, "give facts"),
         ({"facts": FactSet("none", ())}, "is empty"),
@@ -273,6 +306,7 @@ def test_the_command_keeps_what_the_function_keeps(rule: str, weight, tmp_path, 
     [
         (["--out", "x.jsonl", "--keep", "half"], "not 'half'"),
         (["--out", "x.jsonl", "--rule", "near"], "no rule 'near'"),
+        (["--out", "x.jsonl", "--low", "0.9"], "of the rule band alone"),
         (["--out", "x.csv"], "end in .jsonl"),
     ],
 )

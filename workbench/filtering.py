@@ -19,10 +19,8 @@ log = logging.getLogger(__name__)
 
 #: Distances to rank by, the preferred first.
 METRICS = ("d_soft", "d_emb", "d_layer")
-
 #: Rule -> the weight that it has where none is given.
 WEIGHTS: dict[str, float] = {"spread": 4.0, "near_diverse": 1.0}
-
 #: A share or a count of facts.
 Keep = float | int | np.floating | np.integer
 
@@ -156,28 +154,30 @@ def band(pool: Pool) -> Int[np.ndarray, " kept"]:
 def near_diverse(pool: Pool) -> Int[np.ndarray, " kept"]:
     """Greedy choice, then the best exchange of one kept fact for a dropped one, for as long as one improves.
 
-    With unit z, `tr Cov(z) = 1 - |mean z|^2`, so up to a constant the objective is `mean d + weight |mean z|^2`, and
-    all exchanges are judged at once from the inner products of z.
+    With unit z, `tr Cov(z) = 1 - |mean z|^2`, so up to a constant the objective is `mean d + weight |mean z|^2`. An
+    exchange changes it by `enter[in] - leave[out] - most <z_in, z_out>`; those that are out of reach are not judged.
     """
     if pool.embeddings is None:
         raise ValueError("The rule near_diverse needs embeddings, a row a fact: see target_embeddings.")
-    norms = np.linalg.norm(pool.embeddings, axis=1, keepdims=True)
-    z = pool.embeddings / np.where(norms == 0, 1, norms)
-    gram, d, k, lam = z @ z.T, pool.distance, pool.keep, pool.weight
-    own, kept = np.diag(gram), np.zeros(len(d), dtype=bool)
+    z = pool.embeddings / np.maximum(np.linalg.norm(pool.embeddings, axis=1, keepdims=True), 1e-300)
+    gram, d, k, lam, most = z @ z.T, pool.distance, pool.keep, pool.weight, 2 * pool.weight / pool.keep**2
+    own, kept, towards = np.diag(gram), np.zeros(len(d), dtype=bool), np.zeros(len(d))
     for size in range(1, k + 1):
-        towards = gram[:, kept].sum(1)
         cost = d / size + lam * (2 * towards + own) / size**2
-        kept[np.argmin(np.where(kept, np.inf, cost))] = True
+        chosen = np.argmin(np.where(kept, np.inf, cost))
+        kept[chosen], towards = True, towards + gram[chosen]
     while k < len(d):
-        out, into, towards = np.flatnonzero(kept), np.flatnonzero(~kept), gram[:, kept].sum(1)
-        apart = own[into][None] + own[out][:, None] - 2 * gram[np.ix_(out, into)]
-        change = (d[into][None] - d[out][:, None]) / k
-        change = change + lam * (2 * (towards[into][None] - towards[out][:, None]) + apart) / k**2
+        out, into = np.flatnonzero(kept), np.flatnonzero(~kept)
+        leave, enter = (d / k + lam * (2 * towards + sign * own) / k**2 for sign in (-1, 1))
+        first = out[leave[out].argmax()]
+        reach = (enter[into] - most * gram[first, into]).min() - leave[first] + most + 1e-9 * (1 + lam)
+        out, into = out[leave[out] >= enter[into].min() - reach], into[enter[into] <= leave[first] + reach]
+        change = enter[into][None] - leave[out][:, None] - most * gram[np.ix_(out, into)]
         best = np.unravel_index(np.argmin(change), change.shape)
         if change[best] >= -1e-12 * (1 + lam):
             break
-        kept[out[best[0]]], kept[into[best[1]]] = False, True
+        old, new = out[best[0]], into[best[1]]
+        kept[old], kept[new], towards = False, True, towards + gram[new] - gram[old]
     return np.flatnonzero(kept)
 
 
@@ -216,8 +216,8 @@ def check_options(rule: str, keep: Keep, weight: float | int | None = None, low:
         raise ValueError(f"There is no rule {rule!r}; known are {', '.join(RULES)}.")
     if weight is not None and not (weight >= 0 and np.isfinite(weight)):
         raise ValueError(f"weight must be a finite number of at least 0, got {weight}.")
-    if low is not None and not 0 <= low < 1:
-        raise ValueError(f"low is a quantile, from 0 to below 1, got {low}.")
+    if low is not None and not (rule == "band" and 0 <= low < 1):
+        raise ValueError(f"low is a quantile, from 0 to below 1, of the rule band alone, got {low} for {rule}.")
     if isinstance(keep, bool) or not isinstance(keep, (int, np.integer)):
         _count(keep, 1)
     elif keep < 1:
