@@ -29,6 +29,8 @@ def test_a_smoke_run_trains_with_and_without(bench: ModuleType, tmp_path: Path) 
             assert (told["metric"], told["facts"], told["every"]) == ("d_soft", {"probe": 16}, "auto")
             assert sum(told["costs"]) == pytest.approx(told["seconds_watching"])
             assert told["seconds_watching"] < one["seconds"]
+            inside = told["inside"] * one["seconds"] / (1 + told["inside"])  # seconds in the watch's calls
+            assert told["seconds_watching"] <= inside < one["seconds"]
         assert case["readings"] >= 2
     assert "| 2 | 2 | 2 |" in (tmp_path / "watch.md").read_text(encoding="utf-8")
 
@@ -44,6 +46,7 @@ def test_pairs_are_compared_and_take_turns(bench: ModuleType, monkeypatch: pytes
         if watched:
             spent = list(next(costs))
             told = {
+                "inside": 0.05 * len(spent),
                 "costs": spent,
                 "cost": sum(spent) / 5,
                 "seconds_training": 5.0,
@@ -62,6 +65,7 @@ def test_pairs_are_compared_and_take_turns(bench: ModuleType, monkeypatch: pytes
     assert (found["steps"], found["readings"]) == (2, 3)
     assert found["stated"] == pytest.approx(0.14)
     assert found["start_and_end"] == pytest.approx(0.14)
+    assert found["inside"] == pytest.approx(0.15)
     assert found["within"] == "no, by design: too short"
     assert "1.197 (1.100 to 1.300)" in bench.table({"cases": [found]})
 
