@@ -336,6 +336,17 @@ def test_lre_errors(changes: dict[str, Any], says: str, tmp_path: Path) -> None:
         load_facts(write_json(tmp_path / "capital.json", {**LRE, **changes}))
 
 
+def test_a_sample_of_lre_is_named_with_its_line(tmp_path: Path) -> None:
+    samples = [{"subject": "Peru", "object": "Lima"}, {"subject": "Chad"}]
+    text = json.dumps({**LRE, "samples": samples}, indent=1)
+    line = text[: text.index('"Chad"')].count("\n")  # its bracket stands a line above
+    with pytest.raises(ValueError, match=f"capital.json, line {line}, sample 2: field 'object' is missing"):
+        load_facts(write(tmp_path / "capital.json", text))
+    decoy = text.replace('"name":', '"note": "\\"samples\\": [", "name":', 1)  # the same words inside a text
+    with pytest.raises(ValueError, match=r"capital\.json, .*sample 2: field 'object' is missing"):
+        load_facts(write(tmp_path / "capital.json", decoy))
+
+
 # ParaRel
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from workbench.facts.records import Placed, from_templates, need, need_list, need_text, without_given_away
-from workbench.facts.sources import Source, read_json_lines
+from workbench.facts.sources import Source, lines_of, read_json_lines
 
 logger = logging.getLogger(__name__)
 
@@ -44,13 +44,26 @@ def read_lre(source: Source) -> list[Placed]:
                 )
         if not templates:
             raise ValueError(f"{place}: field 'prompt_templates' is an empty list: give one template with {{}}")
-        samples = []
-        for number, sample in enumerate(need_list(place, relation, "samples"), start=1):
-            where = f"{place}, sample {number}"
+        samples, listed = [], need_list(place, relation, "samples")
+        lines = _lines_of_samples(source.path, listed) if place == str(source.path) else [""] * len(listed)
+        for number, (line, sample) in enumerate(zip(lines, listed, strict=True), start=1):
+            where = f"{place}{line}, sample {number}"
             subject, answer = need_text(where, sample, "subject"), need_text(where, sample, "object")
             samples.append((where, unescaped(subject), unescaped(answer)))
         placed += from_templates(name, templates, samples, place)
     return placed
+
+
+def _lines_of_samples(path: Path, samples: list[Any]) -> list[str]:
+    """Where the samples of a file that is one relation begin, as `, line 3`; empty where the text does not say."""
+    text = path.read_text(encoding="utf-8-sig")
+    found = re.search(r'"samples"\s*:\s*\[', text)
+    try:
+        if found is None or json.JSONDecoder().raw_decode(text, found.end() - 1)[0] != samples:
+            return [""] * len(samples)
+        return [f", line {line}" for line in lines_of(text, found.end() - 1, samples)]
+    except ValueError:  # the words stand in a text of the file
+        return [""] * len(samples)
 
 
 def unescaped(text: str) -> str:

@@ -104,18 +104,19 @@ def _json_items(path: Path, text: str) -> tuple[tuple[str, Any], ...]:
         raise ValueError(f"{path}: holds a single {type(whole).__name__}, not records")
     if not whole:
         raise ValueError(f"{path} is an empty list: there are no facts in it")
-    return tuple(_json_records(path, text, whole))
+    placed = zip(lines_of(text, text.index("["), whole), whole, strict=True)
+    return tuple((f"{path}, line {line}, record {i}", one) for i, (line, one) in enumerate(placed, start=1))
 
 
-def _json_records(path: Path, text: str, records: list[Any]) -> Iterator[tuple[str, Any]]:
-    """The records of a list with their lines: that in which a record begins."""
-    decoder, at, line = json.JSONDecoder(), text.index("[") + 1, text.count("\n", 0, text.index("["))
-    for number, record in enumerate(records, start=1):
+def lines_of(text: str, opening: int, records: list[Any]) -> Iterator[int]:
+    """The lines in which the records of a JSON list begin; `opening` is where its bracket stands in the text."""
+    decoder, at, line = json.JSONDecoder(), opening + 1, text.count("\n", 0, opening) + 1
+    for _ in records:
         begins = at
         while text[begins] in " \t\r\n,":
             begins += 1
         line += text.count("\n", at, begins)
-        yield f"{path}, line {line + 1}, record {number}", record
+        yield line
         _, at = decoder.raw_decode(text, begins)
         line += text.count("\n", begins, at)
 
