@@ -9,8 +9,8 @@ asked. What `export_hdf5` adds (ids, relations, what tells prompts from others a
 probabilities) stands in arrays of other names, which LoKI's code does not read.
 """
 
+import errno
 import hashlib
-import io
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -38,27 +38,6 @@ RULES = {
     "riemann_right": "right",
     "riemann_trapezoid": "riemann_trapezoid",
 }
-
-
-class _Kept(io.FileIO):
-    """A file that keeps the first error of writing in `error` and drops what comes after it.
-
-    HDF5 goes on to write while it closes a file, and an error that it meets there can end the process.
-    """
-
-    error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        """Write, or say so although an error was met."""
-        if self.error is None:
-            try:
-                return self._put(data)
-            except OSError as error:
-                self.error = error
-        return len(data)
-
-    def _put(self, data: Any) -> int:
-        return super().write(data)
 
 
 def import_hdf5(
@@ -130,18 +109,15 @@ def export_hdf5(attribution: xr.Dataset, path: str | Path, *, dtype: Literal["fl
         raise ValueError(f"{target} is a folder: give the name of a file that ends in .h5.")
 
     def write(partial: Path) -> None:
-        with _Kept(partial, "w+") as raw:
-            with h5py.File(raw, "w") as file:
-                _write(h5py, file, attribution, np.dtype(dtype), raw)
-            if raw.error is not None:
-                raise raw.error
+        with h5py.File(partial, "w") as file:
+            _write(h5py, file, attribution, np.dtype(dtype))
 
-    with one_sentence_disk_errors(target):
+    with _full_disk(target):
         return write_atomically(target, write)
 
 
-def _write(h5py: Any, file: Any, attribution: xr.Dataset, dtype: np.dtype, raw: _Kept) -> None:
-    """Fill an open file, a few facts at a time, until it cannot be written any more."""
+def _write(h5py: Any, file: Any, attribution: xr.Dataset, dtype: np.dtype) -> None:
+    """Fill an open file, a few facts at a time."""
     score = attribution["score"]
     _, n_layers, n_units = shape = score.shape
     one = (1, n_layers, n_units)
@@ -149,8 +125,6 @@ def _write(h5py: Any, file: Any, attribution: xr.Dataset, dtype: np.dtype, raw: 
     array = file.create_dataset(SCORES, shape, dtype=dtype, compression="gzip", compression_opts=4, **options)
     size = max(1, BYTES_AT_ONCE // (4 * n_layers * n_units))
     for at in range(0, shape[0], size):
-        if raw.error is not None:
-            return
         with np.errstate(over="ignore"):
             part = score[at : at + size].values.astype(dtype)
         if not np.isfinite(part).all():
@@ -231,22 +205,11 @@ def _scores(file: Any, source: Path) -> Any:
 def _labels(file: Any, name: str, given: Sequence[str] | None, n_facts: int, otherwise: Sequence[str]) -> list[str]:
     """Ids or relations: as given, as in the file, or made up."""
     stored = file.get(name)
+    if given is None and stored is not None and getattr(stored, "shape", None) == (n_facts,):
+        return [text.decode("utf-8") if isinstance(text, bytes) else str(text) for text in stored[:]]
     if given is not None and len(given) != n_facts:
         raise ValueError(f"The file holds {n_facts} samples, but {len(given)} {name}s were given: they must match.")
-    wanted = None if given is None else [str(text) for text in given]
-    if stored is None or getattr(stored, "shape", None) != (n_facts,):
-        return [str(text) for text in otherwise] if wanted is None else wanted
-    try:
-        own = [text.decode("utf-8") if isinstance(text, bytes) else str(text) for text in stored[:]]
-    except UnicodeDecodeError:
-        raise ValueError(f"The file's `{name}` is not text in UTF-8.") from None
-    if name == "fact" and wanted is not None and wanted != own:
-        at = next(i for i in range(n_facts) if wanted[i] != own[i])
-        raise ValueError(
-            f"Sample {at} is the fact {own[at]!r} in the file, and {wanted[at]!r} was given: leave the facts out, or "
-            "give them in the file's order."
-        )
-    return own if wanted is None else wanted
+    return [str(text) for text in (otherwise if given is None else given)]
 
 
 def _texts(file: Any, scores: Any) -> list[Any] | None:
@@ -298,6 +261,18 @@ def _opened(source: Path) -> Iterator[Any]:
         raise ValueError(f"{source} is not a readable HDF5 file ({error}).") from error
     with file:
         yield file
+
+
+@contextmanager
+def _full_disk(target: Path) -> Iterator[None]:
+    """HDF5 reports a full disk in its own words; give it its number, so that it becomes the one sentence of all."""
+    with one_sentence_disk_errors(target):
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            if "No space left" in str(error):
+                raise OSError(errno.ENOSPC, "No space left on device") from error
+            raise
 
 
 def _sha256(source: Path) -> str:
