@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -68,6 +69,55 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
         finally:
             partial.unlink(missing_ok=True)
     return target
+
+
+class UnfailingFile(io.FileIO):
+    """A file for HDF5 to write, which never fails: what the disk does not take is kept in memory, and read from there.
+
+    HDF5 goes on while it closes a file whose disk is full; an error that it meets there, or bytes that it wrote and
+    does not read back, end the process. The first error stands in `error`: from there on nothing more reaches the disk.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "w+")
+        self.error: BaseException | None = None  # that of the disk, or what else ends the writing
+        self._late: list[tuple[int, bytes]] = []  # where, and what, the disk did not take, in the order of writing
+
+    def write(self, data: Any) -> int:
+        """Write all of `data` (bytes) where the file stands."""
+        start, view, done = self.tell(), memoryview(data).cast("B"), 0
+        while self.error is None and done < len(view):
+            try:
+                done += self._put(view[done:])
+            except OSError as error:
+                self.error = error
+        if done < len(view):
+            self._late.append((start + done, bytes(view[done:])))
+            self.seek(start + len(view))
+        return len(view)
+
+    def _put(self, data: memoryview) -> int:
+        return super().write(data)
+
+    def readinto(self, buffer: Any) -> int:
+        """Read what was written; the bytes after the end of the file are zero."""
+        start, view = self.tell(), memoryview(buffer).cast("B")
+        got = super().readinto(view) or 0
+        view[got:] = bytes(len(view) - got)
+        for place, data in self._late:
+            low, high = max(start, place), min(start + len(view), place + len(data))
+            if low < high:
+                view[low - start : high - start] = data[low - place : high - place]
+        self.seek(start + len(view))
+        return len(view)
+
+    def truncate(self, size: int | None = None) -> int:
+        """Set the length of the file on the disk, where the disk takes it."""
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.error = self.error or error
+            return self.tell() if size is None else size
 
 
 def save_json(obj: Any, path: str | Path) -> Path:

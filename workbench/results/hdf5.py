@@ -9,10 +9,10 @@ asked. What `export_hdf5` adds (ids, relations, what tells prompts from others a
 probabilities) stands in arrays of other names, which LoKI's code does not read.
 """
 
-import errno
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import xarray as xr
 
-from workbench.results.files import check_scores_fit, one_sentence_disk_errors, write_atomically
+from workbench.results.files import UnfailingFile, check_scores_fit, one_sentence_disk_errors, write_atomically
 from workbench.results.labelled import kind_of
 from workbench.results.schema import ATTRIBUTION
 from workbench.results.store import NOTES, open_store
@@ -108,16 +108,28 @@ def export_hdf5(attribution: xr.Dataset, path: str | Path, *, dtype: Literal["fl
     if target.is_dir():
         raise ValueError(f"{target} is a folder: give the name of a file that ends in .h5.")
 
-    def write(partial: Path) -> None:
-        with h5py.File(partial, "w") as file:
-            _write(h5py, file, attribution, np.dtype(dtype))
+    def fill(raw: UnfailingFile) -> None:
+        with h5py.File(raw, "w") as file:
+            _write(h5py, file, attribution, np.dtype(dtype), raw)
 
-    with _full_disk(target):
+    def write(partial: Path) -> None:
+        # HDF5 calls Python to write, which an interrupt must not end midway: it ends the wait of this thread instead.
+        with UnfailingFile(partial) as raw:
+            with ThreadPoolExecutor(1) as thread:
+                try:
+                    thread.submit(fill, raw).result()
+                except BaseException as error:
+                    raw.error = raw.error or error
+                    raise
+            if raw.error is not None:
+                raise raw.error
+
+    with one_sentence_disk_errors(target):
         return write_atomically(target, write)
 
 
-def _write(h5py: Any, file: Any, attribution: xr.Dataset, dtype: np.dtype) -> None:
-    """Fill an open file, a few facts at a time."""
+def _write(h5py: Any, file: Any, attribution: xr.Dataset, dtype: np.dtype, raw: UnfailingFile) -> None:
+    """Fill an open file, a few facts at a time, until it cannot be written any more."""
     score = attribution["score"]
     _, n_layers, n_units = shape = score.shape
     one = (1, n_layers, n_units)
@@ -125,6 +137,8 @@ def _write(h5py: Any, file: Any, attribution: xr.Dataset, dtype: np.dtype) -> No
     array = file.create_dataset(SCORES, shape, dtype=dtype, compression="gzip", compression_opts=4, **options)
     size = max(1, BYTES_AT_ONCE // (4 * n_layers * n_units))
     for at in range(0, shape[0], size):
+        if raw.error is not None:
+            return
         with np.errstate(over="ignore"):
             part = score[at : at + size].values.astype(dtype)
         if not np.isfinite(part).all():
@@ -205,11 +219,22 @@ def _scores(file: Any, source: Path) -> Any:
 def _labels(file: Any, name: str, given: Sequence[str] | None, n_facts: int, otherwise: Sequence[str]) -> list[str]:
     """Ids or relations: as given, as in the file, or made up."""
     stored = file.get(name)
-    if given is None and stored is not None and getattr(stored, "shape", None) == (n_facts,):
-        return [text.decode("utf-8") if isinstance(text, bytes) else str(text) for text in stored[:]]
     if given is not None and len(given) != n_facts:
         raise ValueError(f"The file holds {n_facts} samples, but {len(given)} {name}s were given: they must match.")
-    return [str(text) for text in (otherwise if given is None else given)]
+    wanted = None if given is None else [str(text) for text in given]
+    if stored is None or getattr(stored, "shape", None) != (n_facts,):
+        return [str(text) for text in otherwise] if wanted is None else wanted
+    try:
+        own = [text.decode("utf-8") if isinstance(text, bytes) else str(text) for text in stored[:]]
+    except UnicodeDecodeError:
+        raise ValueError(f"The file's `{name}` is not text in UTF-8.") from None
+    if name == "fact" and wanted is not None and wanted != own:
+        at = next(i for i in range(n_facts) if wanted[i] != own[i])
+        raise ValueError(
+            f"Sample {at} is the fact {own[at]!r} in the file, and {wanted[at]!r} was given: leave the facts out, or "
+            "give them in the file's order."
+        )
+    return own if wanted is None else wanted
 
 
 def _texts(file: Any, scores: Any) -> list[Any] | None:
@@ -261,18 +286,6 @@ def _opened(source: Path) -> Iterator[Any]:
         raise ValueError(f"{source} is not a readable HDF5 file ({error}).") from error
     with file:
         yield file
-
-
-@contextmanager
-def _full_disk(target: Path) -> Iterator[None]:
-    """HDF5 reports a full disk in its own words; give it its number, so that it becomes the one sentence of all."""
-    with one_sentence_disk_errors(target):
-        try:
-            yield
-        except (OSError, RuntimeError) as error:
-            if "No space left" in str(error):
-                raise OSError(errno.ENOSPC, "No space left on device") from error
-            raise
 
 
 def _sha256(source: Path) -> str:
