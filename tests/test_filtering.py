@@ -12,7 +12,7 @@ from tiny import FACTS, saved, tiny
 
 from workbench import cli
 from workbench.facts import FactSet, load_facts
-from workbench.filtering import RULES, Pool, filter_facts, filtered, near_diverse, spread, target_embeddings
+from workbench.filtering import RULES, WEIGHTS, Pool, filter_facts, filtered, near_diverse, spread, target_embeddings
 from workbench.recollection import recall
 from workbench.semantics import semantic_distance
 
@@ -246,7 +246,8 @@ def test_numbers_of_numpy_are_shares_and_counts_as_pythons_are() -> None:
         ({"keep": 1.5}, r"keep=1.5 is no share"),
         ({"keep": np.float32(1.5)}, r"keep=1.5 is no share"),
         ({"keep": True}, "a share or a count"),
-        ({"weight": -1.0}, "at least 0"),
+        ({"weight": -1.0}, "from 0 on, of spread and near_diverse, got -1.0"),
+        ({"rule": "band", "weight": 1.0}, "got 1.0 for band"),
         ({"metric": "d_emb"}, "has no metrics"),
         ({"rule": "near_diverse"}, "needs embeddings"),
         ({"rule": "near_diverse", "embeddings": np.ones((3, 2))}, "4 rows"),
@@ -277,7 +278,7 @@ def test_distances_that_do_not_fit_are_one_sentence() -> None:
         filtered(frame_of(facts, d_emb=[1, 2, 3]), rule="spread", keep=1, near=1)
 
 
-@pytest.mark.parametrize(("rule", "weight"), [("spread", 3.0), ("spread", None), ("near_diverse", 3.0), ("loss", 3.0)])
+@pytest.mark.parametrize(("rule", "weight"), [("spread", 3.0), ("spread", None), ("near_diverse", 3.0), ("loss", None)])
 def test_the_command_keeps_what_the_function_keeps(rule: str, weight, tmp_path, monkeypatch, capsys) -> None:
     place, out = FACTS.save(tmp_path / "facts.jsonl"), tmp_path / "kept.jsonl"
     options = ["--facts", place, "--model", saved(tmp_path / "model"), "--rule", rule, "--keep", "0.5"]
@@ -287,7 +288,7 @@ def test_the_command_keeps_what_the_function_keeps(rule: str, weight, tmp_path, 
     chosen = RULES[rule]
     monkeypatch.setitem(RULES, rule, lambda pool: rules.append(pool.weight) or chosen(pool))
     cli.main()
-    assert rules == [weight or 4.0]  # once: near_diverse is slow
+    assert rules == [weight or WEIGHTS.get(rule, 0.0)]  # once: near_diverse is slow
     model = tiny("llama")
     distance, read = semantic_distance(model, FACTS), recall(model, FACTS)
     expected = filter_facts(

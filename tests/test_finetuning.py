@@ -17,7 +17,7 @@ import workbench as wb
 from workbench import finetuning
 from workbench.config import TrainConfig
 from workbench.facts import FactSet
-from workbench.filtering import filtered, target_embeddings
+from workbench.filtering import WEIGHTS, filtered, target_embeddings
 from workbench.finetuning import FineTune, finetune
 from workbench.results import load_frame, load_json, open_result
 from workbench.selection import Selection
@@ -279,7 +279,7 @@ def test_the_command_equals_the_function(inputs, tmp_path, monkeypatch, capsys) 
     assert load_json(tmp_path / "lora/adapter_config.json")["peft_type"] == "LORA"
 
 
-@pytest.mark.parametrize(("rule", "weight"), [("spread", 3.0), ("spread", None), ("near_diverse", 3.0), ("loss", 3.0)])
+@pytest.mark.parametrize(("rule", "weight"), [("spread", 3.0), ("spread", None), ("near_diverse", 3.0), ("loss", None)])
 def test_only_what_a_filter_keeps_is_taught(rule, weight, inputs, tmp_path, monkeypatch) -> None:
     taught = []
     monkeypatch.setattr(finetuning, "implant", lambda model, data, *rest, **options: taught.append(data) or 1 / 0)
@@ -297,7 +297,7 @@ def test_only_what_a_filter_keeps_is_taught(rule, weight, inputs, tmp_path, monk
     assert taught[0].ids == expected.ids
     assert taught[0].name == expected.name
     assert len(expected) == 4 < len(facts)
-    assert load_json(tmp_path / "out" / "settings.json")["filter_weight"] == (weight or 4.0)
+    assert load_json(tmp_path / "out" / "settings.json")["filter_weight"] == (weight or WEIGHTS.get(rule))
     told = load_frame(tmp_path / "out" / "filter.parquet")
     by_hand = filtered(distance, rule=rule, keep=4, facts=facts, weight=weight, **options)
     pd.testing.assert_frame_equal(told, by_hand, check_dtype=False)
@@ -341,7 +341,11 @@ def test_a_saved_selection_says_what_its_units_are(inputs, tmp_path, monkeypatch
         (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--data", "fictional:3", "--filter", "spread", "--keep", "some"], "--keep takes a share"),
         (["--data", "fictional:3", "--filter", "spread", "--keep", "1.5"], "keep=1.5 is no share"),
-        (["--data", "fictional:3", "--filter", "spread", "--filter-weight", "-1"], "weight must be a finite number"),
+        (
+            ["--data", "fictional:3", "--filter", "spread", "--filter-weight", "-1"],
+            "weight is a finite number from 0 on",
+        ),
+        (["--data", "fictional:3", "--filter", "band", "--filter-weight", "2"], "near_diverse, got 2.0 for band"),
         (["--data", "fictional:3", "--method", "magic"], "'magic' is not known; choose one of loki, lora"),
         (["--data", "fictional:3", "--method", "loki_random"], "not 'loki_random': strategy and score say"),
         (["--data", "fictional:3", "--method", "ia3", "--rank", "4"], "takes no rank"),

@@ -396,6 +396,18 @@ def test_measures_that_are_no_overlap_and_what_runs_of_before_left(run, tmp_path
     assert "are not judged" not in text
 
 
+def test_facts_of_one_relation_are_not_drawn_within_and_across(run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "run")
+    found = open_result(folder / "interference.zarr").load()
+    nothing = dict.fromkeys(("across", "difference", "null_low", "null_high"), xr.full_like(found["across"], np.nan))
+    found = found.assign(nothing).assign_coords(relation=("fact", ["capital"] * found.sizes["fact"]))
+    save_result(found, folder / "interference.zarr", kind="interference")
+    text = report(folder).read_text(encoding="utf-8")
+    assert "There are too few facts per relation to compare overlaps within and across relations." in text
+    assert "relations" not in embedded(text)
+    assert "relations" in embedded(report(run).read_text(encoding="utf-8"))
+
+
 def test_perplexity_and_distance_follow_the_sign_of_the_interval():
     row = {"suite": "general", "metric": "perplexity", "method": "lora", "n": 10, "before": 15.0, "after": 16.0}
     ends = {"worse": (0.5, 1.5), "better": (-1.5, -0.5), "not distinguishable": (-0.5, 1.5)}

@@ -214,8 +214,8 @@ def check_options(rule: str, keep: Keep, weight: float | int | None = None, low:
     """Raise `ValueError` for an unknown rule, or numbers that fit no set of facts."""
     if rule not in RULES:
         raise ValueError(f"There is no rule {rule!r}; known are {', '.join(RULES)}.")
-    if weight is not None and not (weight >= 0 and np.isfinite(weight)):
-        raise ValueError(f"weight must be a finite number of at least 0, got {weight}.")
+    if weight is not None and not (rule in WEIGHTS and weight >= 0 and np.isfinite(weight)):
+        raise ValueError(f"weight is a finite number from 0 on, of {' and '.join(WEIGHTS)}, got {weight} for {rule}.")
     if low is not None and not (rule == "band" and 0 <= low < 1):
         raise ValueError(f"low is a quantile, from 0 to below 1, of the rule band alone, got {low} for {rule}.")
     if isinstance(keep, bool) or not isinstance(keep, (int, np.integer)):
@@ -224,13 +224,13 @@ def check_options(rule: str, keep: Keep, weight: float | int | None = None, low:
         raise ValueError(f"keep is a share, or a number of facts from 1 on, not {keep}.")
 
 
-def weight_of(rule: str, given: float | None = None) -> float:
-    """The weight that a rule has: as given, or its own; 1 for a rule that reads none.
+def weight_of(rule: str, given: float | None = None) -> float | None:
+    """The weight that a rule has: as given, or its own; None for a rule that reads none.
 
     >>> weight_of("spread"), weight_of("near_diverse"), weight_of("spread", 2.5), weight_of("all")
-    (4.0, 1.0, 2.5, 1.0)
+    (4.0, 1.0, 2.5, None)
     """
-    return WEIGHTS.get(rule, 1.0) if given is None else given
+    return WEIGHTS.get(rule) if given is None else given
 
 
 def target_embeddings(model: Any, facts: FactSet) -> Float[np.ndarray, "fact d_model"]:
@@ -245,7 +245,7 @@ def _judged(
 ) -> tuple[FactSet, pd.DataFrame]:
     """The facts, and the frame of `filtered`."""
     check_options(rule, keep, options["weight"], options["low"])
-    options["weight"] = weight_of(rule, options["weight"])
+    options["weight"] = weight_of(rule, options["weight"]) or 0.0
     known = _facts_of(distance, facts)
     values = _distances(distance, known, metric)
     order = np.argsort(values, kind="stable")  # what has no distance comes last

@@ -110,6 +110,8 @@ def _relations(run: Artefacts) -> Section:
         return _without_overlap(run)
     table = tables.within_across(run.interference, metric)
     text = findings.about_relations(table, tables.related_pairs(run.interference))
+    if table["difference"].isna().all():
+        return Section("", "", "", absent=text[0])
     drawn = _json(figures.within_across(table))
     panel = Panel("relations", "Overlap within and across relations, per layer", drawn, text)
     about = "If facts of one kind share units, pairs of one relation overlap more than pairs of two relations."
