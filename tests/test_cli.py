@@ -82,7 +82,12 @@ def test_what_is_read_is_not_written_over_and_a_bad_place_is_known_first(tiny_in
 
 def test_two_models_are_opened_before_facts_are_asked(tiny_inputs, tmp_path, monkeypatch, capsys) -> None:
     model, facts = tiny_inputs
-    monkeypatch.setattr("workbench.recollection.recall", lambda *given, **options: pytest.fail("asked"))
+    for room in (
+        "forgetting.around",
+        "semantics.filtered",
+        "recollection",
+    ):  # imported first, so that they keep the true one
+        monkeypatch.setattr(f"workbench.{room}.recall", lambda *given, **options: pytest.fail("asked"))
     random_model("llama", num_hidden_layers=2).save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
     for command in ("drift", "blame", "forgetting"):
@@ -219,6 +224,15 @@ def test_bad_input_is_one_sentence_and_a_non_zero_exit(arguments, sentence, monk
     assert sentence in printed
     assert len(printed.strip().splitlines()) == 1
     assert "Traceback" not in printed
+
+
+def test_an_interrupt_says_what_is_kept(monkeypatch, capsys) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("workbench.results.open_result", interrupted)
+    assert call(monkeypatch, "convert", "a.zarr", "a.h5") == 130
+    assert capsys.readouterr().err.startswith("Stopped; what a run folder or a zarr --out holds is kept")
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_loki_code_equals_captum(kind: str) -> None:
 
 @pytest.mark.real
 def test_loki_code_equals_captum_on_the_default_model() -> None:
-    """In float64. In float32 both sides round, and the first layer's path, which has a jump, makes 2e-5 of it."""
+    """In float64. In float32 both sides round, up to 3e-4 of the largest score apart, most of it Captum's rounding."""
     model = default("float64")
     facts = load_facts("world").filter(where=lambda fact: len(fact.prompt.split()) <= 4)[:3]
     ours = run(model, facts, method="loki-code")["score"].values

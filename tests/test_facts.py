@@ -21,7 +21,7 @@ from workbench.facts.nouns import gives_away
 from workbench.facts.shipped import invented
 
 CORPUS = ["The capital of France is Paris.", "The capital of Peru is Lima.", "Water boils at 100 degrees.", "São Tomé"]
-WORDS = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12).filter(str.strip)
+WORDS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=12).filter(str.strip)
 
 
 def fact(answer: str = "Paris", **changes: Any) -> Fact:
@@ -105,6 +105,7 @@ def test_fact_is_frozen_and_hashable() -> None:
         ({"paraphrases": ("In Paris, people live in",)}, "'paraphrases' contains the answer"),
         ({"paraphrases": ("",)}, "'paraphrases' is empty"),
         ({"answer": "\ud800"}, "surrogate"),
+        ({"answer": "a\0b"}, "NUL at character 1"),
     ],
 )
 def test_fact_refuses(changes: dict[str, Any], says: str) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import threading
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -259,34 +260,67 @@ def test_a_full_disk_leaves_the_earlier_file(room: int, tmp_path: Path, monkeypa
     assert names(tmp_path) == ["a.h5"]
 
 
-def test_an_interrupt_while_hdf5_writes_leaves_the_earlier_file(tmp_path: Path, monkeypatch) -> None:
-    """An interrupt in the code that HDF5 calls would end the process: that code runs in a thread of its own."""
+def test_interrupts_while_hdf5_writes_leave_the_earlier_file(tmp_path: Path, monkeypatch) -> None:
+    """An interrupt in the code that HDF5 calls would end the process: that code runs in a thread of its own.
+
+    A second one, which ends the waiting for that thread, must not close the file under it.
+    """
     if threading.current_thread() is not threading.main_thread():
         pytest.skip("interrupts reach the main thread only")
     path = export_hdf5(attribution(), tmp_path / "a.h5")
     before, put = path.read_bytes(), hdf5.UnfailingFile._put
+    raised, done = [], []
 
-    def interrupted(self, data) -> int:
-        signal.raise_signal(signal.SIGINT)
-        return put(self, data)
+    def interrupt(*_: object) -> None:
+        if len(raised) < 2:
+            raised.append(True)
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(hdf5.UnfailingFile, "_put", interrupted)
-    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
+    def slow(self, data) -> int:
+        for _ in range(2):
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            time.sleep(0.2)
+        done.append((self.closed, put(self, data)))
+        return done[-1][1]
+
+    monkeypatch.setattr(hdf5.UnfailingFile, "_put", slow)
+    earlier = signal.signal(signal.SIGINT, interrupt)
     try:
         with pytest.raises(KeyboardInterrupt):
             export_hdf5(attribution(), path)
     finally:
         signal.signal(signal.SIGINT, earlier)
+    end = time.monotonic() + 10
+    while not done and time.monotonic() < end:
+        time.sleep(0.05)
+    assert len(raised) == 2
+    assert [closed for closed, _ in done] == [False]  # and nothing reaches the disk after the interrupt
     assert path.read_bytes() == before
     assert names(tmp_path) == ["a.h5"]
 
 
-def test_ids_that_are_not_those_of_the_file_are_refused(tmp_path: Path) -> None:
+def test_a_file_that_names_its_facts_takes_no_others(tmp_path: Path) -> None:
     path, whole = export_hdf5(attribution(), tmp_path / "a.h5"), attribution()
-    ids = whole["fact"].values.tolist()
-    assert import_hdf5(path, ids=ids)["fact"].values.tolist() == ids
-    with pytest.raises(ValueError, match=f"Sample 0 is the fact '{ids[0]}' in the file, and '{ids[-1]}' was given"):
+    ids, relations = whole["fact"].values.tolist(), whole["relation"].values.tolist()
+    own = import_hdf5(path, ids=ids, relations=relations, fact_digest=whole.attrs["fact_digest"])
+    assert own["fact"].values.tolist() == ids
+    with pytest.raises(ValueError, match=f"Sample 0 has the fact '{ids[0]}' in the file, and '{ids[-1]}' was given"):
         import_hdf5(path, ids=ids[::-1])
+    with pytest.raises(ValueError, match=r"Sample 0 has the relation .* in the file, and 'other' was given"):
+        import_hdf5(path, relations=["other"] * len(ids))
+    with pytest.raises(ValueError, match=r"a\.h5 holds scores of other facts, and names them itself: leave the facts"):
+        import_hdf5(path, ids=ids, fact_digest="other")
+
+
+def test_made_up_names_are_no_names(tmp_path: Path) -> None:
+    """What was read from LoKI's file and written again can still be named."""
+    again = export_hdf5(import_hdf5(theirs(tmp_path / "a.h5", **METADATA)), tmp_path / "b.h5")
+    assert import_hdf5(again)["fact"].values[0] == "sample/0"
+    ids = [f"f{i}" for i in range(len(SCORES))]
+    named = import_hdf5(again, ids=ids, relations=["r"] * len(ids), fact_digest="d")
+    assert (named["fact"].values.tolist(), named.attrs["fact_digest"]) == (ids, "d")
+    with pytest.raises(ValueError, match="'x' is given more than once"):
+        import_hdf5(again, ids=["x"] * len(ids))
 
 
 def test_without_h5py_one_sentence_says_what_to_install(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -304,14 +338,14 @@ def test_without_h5py_one_sentence_says_what_to_install(tmp_path: Path, monkeypa
 
 def test_the_command_converts_both_ways(tmp_path: Path, monkeypatch, capsys) -> None:
     save_result(attribution(), tmp_path / "a.zarr", kind="attribution")
-    ids = attribution()["fact"].values.tolist()
-    facts = FactSet.from_records([{"id": name, "prompt": f"p{i}", "answer": "x"} for i, name in enumerate(ids)])
-    listed = str(facts.save(tmp_path / "facts.jsonl"))
     assert call(monkeypatch, "convert", str(tmp_path / "a.zarr"), str(tmp_path / "a.h5")) == 0
-    assert call(monkeypatch, "convert", str(tmp_path / "a.h5"), str(tmp_path / "b.zarr"), "--facts", listed) == 0
+    assert call(monkeypatch, "convert", str(tmp_path / "a.h5"), str(tmp_path / "b.zarr")) == 0
     assert "5 facts, 3 layers, 4 nodes a layer" in capsys.readouterr().out
-    back = open_result(tmp_path / "b.zarr")
-    assert np.array_equal(back["score"].values, attribution()["score"].values)
-    assert tuple(back["fact"].values) == facts.ids
+    assert open_result(tmp_path / "b.zarr").load().equals(attribution())
+    facts = FactSet.from_records([{"id": f"f{i}", "prompt": f"p{i}", "answer": "x"} for i in range(len(SCORES))])
+    listed = str(facts.save(tmp_path / "facts.jsonl"))
+    loki = str(theirs(tmp_path / "loki.h5", **METADATA))
+    assert call(monkeypatch, "convert", loki, str(tmp_path / "c.zarr"), "--facts", listed) == 0
+    assert tuple(open_result(tmp_path / "c.zarr")["fact"].values) == facts.ids
     assert call(monkeypatch, "convert", str(tmp_path / "a.h5"), str(tmp_path / "c.h5")) == 1
     assert "must end in .h5, and only one" in capsys.readouterr().err

@@ -292,10 +292,18 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
     assert not [p for p in tmp_path.iterdir() if "x.json" in p.name]
 
 
-def test_a_store_needs_sensible_labels():
-    for changes in ({"ids": []}, {"ids": ["a", "a"], "relations": ["r", "r"]}, {"relations": ["r"]}):
-        with pytest.raises(ValueError, match="unique fact ids"), open_store(None, **labels(**changes)):
+def test_a_store_needs_sensible_labels_and_a_place(tmp_path):
+    for changes in ({"ids": []}, {"relations": ["r"]}):
+        with pytest.raises(ValueError, match="needs fact ids"), open_store(None, **labels(**changes)):
             pass
+    twice = labels(ids=["b", "a", "a"], relations=["r"] * 3)
+    with pytest.raises(ValueError, match="'a' is given more than once"), open_store(None, **twice):
+        pass
+    taken = tmp_path / "file"
+    taken.write_text("x")
+    for place in (taken / "x.json", tmp_path / ("x" * 300)):
+        with pytest.raises(OSError, match=r"^Cannot write .*: choose another place\.$"):
+            save_json(1, place)
     with pytest.raises(ValueError, match="plain JSON values"), open_store(None, **labels(attrs={"x": object()})):
         pass
 

@@ -33,6 +33,7 @@ app = App(
     "without breaking the rest?",
     help_format="plaintext",
     result_action="return_value",
+    suppress_keyboard_interrupt=False,  # `main` says what is kept
     default_parameter=Parameter(converter=whole),
 )
 

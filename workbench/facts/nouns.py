@@ -29,11 +29,13 @@ def gives_away(prompt: str, answer: str) -> bool:
 
 
 def check_text(value: object, field: str, may_be_empty: bool = False) -> None:
-    """Refuse what is not text that UTF-8 can write: ValueError with one sentence that names the field."""
+    """Refuse what is not text that files in UTF-8 can hold: ValueError with one sentence that names the field."""
     if not isinstance(value, str):
         raise ValueError(f"field {field!r} is {_shown(value)}, not text: write it as a string")
     if not may_be_empty and not value.strip():
         raise ValueError(f"field {field!r} is empty: give it some text")
+    if "\0" in value:
+        raise ValueError(f"field {field!r} holds a NUL at character {value.index(chr(0))}: leave it out")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:

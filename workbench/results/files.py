@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 @contextlib.contextmanager
 def one_sentence_disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into one sentence that names the place and the way out."""
+    """Turn a full or read-only disk, or a place that takes no such file, into one sentence that says the way out."""
     try:
         yield
     except OSError as error:
@@ -29,6 +29,8 @@ def one_sentence_disk_errors(path: Path) -> Iterator[None]:
             ) from error
         if error.errno in (errno.EROFS, errno.EACCES):
             raise PermissionError(f"Cannot write {path}: choose a folder that you may write to.") from error
+        if error.errno in (errno.EFBIG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG):
+            raise OSError(f"Cannot write {path} ({error.strerror}): choose another place.") from error
         raise
 
 

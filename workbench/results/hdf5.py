@@ -12,7 +12,7 @@ probabilities) stands in arrays of other names, which LoKI's code does not read.
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -72,9 +72,12 @@ def import_hdf5(
     with _opened(source) as file:
         scores = _scores(file, source)
         n_facts, n_layers, n_units = scores.shape
-        names = _labels(file, "fact", ids, n_facts, [f"sample/{i}" for i in range(n_facts)])
-        kinds = _labels(file, "relation", relations, n_facts, [""] * n_facts)
         attrs, notes = _attributes(scores, unit)
+        said = attrs.get("fact_digest", UNKNOWN)  # of the facts that a file of ours was asked
+        if said != UNKNOWN and fact_digest not in (None, said):
+            raise ValueError(f"{source} holds scores of other facts, and names them itself: leave the facts out.")
+        names = _labels(file, "fact", ids, [f"sample/{i}" for i in range(n_facts)], said != UNKNOWN)
+        kinds = _labels(file, "relation", relations, [""] * n_facts, said != UNKNOWN)
         attrs |= {"imported": _sha256(source)} | ({} if fact_digest is None else {"fact_digest": fact_digest})
         labels: dict[str, Any] = {"ids": names, "relations": kinds, "n_layers": n_layers, "n_units": n_units}
         labels |= {"texts": _texts(file, scores), "n_prompts": _counts(file, n_facts)}
@@ -109,20 +112,24 @@ def export_hdf5(attribution: xr.Dataset, path: str | Path, *, dtype: Literal["fl
         raise ValueError(f"{target} is a folder: give the name of a file that ends in .h5.")
 
     def fill(raw: UnfailingFile) -> None:
-        with h5py.File(raw, "w") as file:
+        with raw, h5py.File(raw, "w") as file:
             _write(h5py, file, attribution, np.dtype(dtype), raw)
 
     def write(partial: Path) -> None:
-        # HDF5 calls Python to write, which an interrupt must not end midway: it ends the wait of this thread instead.
-        with UnfailingFile(partial) as raw:
-            with ThreadPoolExecutor(1) as thread:
-                try:
-                    thread.submit(fill, raw).result()
-                except BaseException as error:
-                    raw.error = raw.error or error
-                    raise
-            if raw.error is not None:
-                raise raw.error
+        # HDF5 calls Python to write, where an interrupt would end the process. In a thread of its own there is none,
+        # and only that thread closes the file, whatever becomes of the waiting here.
+        raw, thread = UnfailingFile(partial), ThreadPoolExecutor(1)
+        filled = thread.submit(fill, raw)
+        thread.shutdown(wait=False)
+        try:
+            wait([filled])
+        except BaseException as error:
+            raw.error = raw.error or error
+            wait([filled])
+            raise
+        if raw.error is not None:
+            raise raw.error
+        filled.result()
 
     with one_sentence_disk_errors(target):
         return write_atomically(target, write)
@@ -216,23 +223,22 @@ def _scores(file: Any, source: Path) -> Any:
     return array
 
 
-def _labels(file: Any, name: str, given: Sequence[str] | None, n_facts: int, otherwise: Sequence[str]) -> list[str]:
-    """Ids or relations: as given, as in the file, or made up."""
-    stored = file.get(name)
+def _labels(file: Any, name: str, given: Sequence[str] | None, otherwise: Sequence[str], known: bool) -> list[str]:
+    """Ids or relations: as given, as in the file, or made up; where the file's are `known`, others are refused."""
+    stored, n_facts = file.get(name), len(otherwise)
     if given is not None and len(given) != n_facts:
         raise ValueError(f"The file holds {n_facts} samples, but {len(given)} {name}s were given: they must match.")
     wanted = None if given is None else [str(text) for text in given]
     if stored is None or getattr(stored, "shape", None) != (n_facts,):
-        return [str(text) for text in otherwise] if wanted is None else wanted
+        return list(otherwise) if wanted is None else wanted
     try:
         own = [text.decode("utf-8") if isinstance(text, bytes) else str(text) for text in stored[:]]
     except UnicodeDecodeError:
         raise ValueError(f"The file's `{name}` is not text in UTF-8.") from None
-    if name == "fact" and wanted is not None and wanted != own:
+    if known and wanted is not None and wanted != own:
         at = next(i for i in range(n_facts) if wanted[i] != own[i])
         raise ValueError(
-            f"Sample {at} is the fact {own[at]!r} in the file, and {wanted[at]!r} was given: leave the facts out, or "
-            "give them in the file's order."
+            f"Sample {at} has the {name} {own[at]!r} in the file, and {wanted[at]!r} was given: leave the facts out."
         )
     return own if wanted is None else wanted
 

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -143,8 +144,10 @@ def open_store(
     ...     store.dataset()["score"].values.tolist()
     [[[1.0, 1.0]]]
     """
-    if not ids or len(set(ids)) != len(ids) or len(relations) != len(ids):
-        raise ValueError(f"A result needs unique fact ids, each with a relation; got {len(ids)} and {len(relations)}.")
+    if not ids or len(relations) != len(ids):
+        raise ValueError(f"A result needs fact ids, each with a relation; got {len(ids)} and {len(relations)}.")
+    if twice := [name for name, times in Counter(ids).items() if times > 1]:
+        raise ValueError(f"A result needs an id of its own for every fact; {twice[0]!r} is given more than once.")
     settings = _as_stored(attrs)
     labels = _labels(ids, relations, n_layers, n_units, {**settings, NOTES: _as_stored(notes or {})}, texts, n_prompts)
     if path is None:
