@@ -82,11 +82,8 @@ def test_what_is_read_is_not_written_over_and_a_bad_place_is_known_first(tiny_in
 
 def test_two_models_are_opened_before_facts_are_asked(tiny_inputs, tmp_path, monkeypatch, capsys) -> None:
     model, facts = tiny_inputs
-    for room in (
-        "forgetting.around",
-        "semantics.filtered",
-        "recollection",
-    ):  # imported first, so that they keep the true one
+    # whoever imports it for good first, so that they keep the true one
+    for room in ("forgetting.around", "semantics.filtered", "recollection"):
         monkeypatch.setattr(f"workbench.{room}.recall", lambda *given, **options: pytest.fail("asked"))
     random_model("llama", num_hidden_layers=2).save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
