@@ -169,7 +169,8 @@ def case(folder: str, batch: int, length: int, repeats: int, peaks: int) -> dict
     del ways
     check({way: [loss for loss, _, _ in found] for way, found in runs.items()})
     held = {way: [peak(way, folder, batch, length) for _ in range(peaks)] for way in WAYS}
-    wall = {way: statistics.median(one[1] for one in found[1:]) for way, found in runs.items()}  # the first warms up
+    seconds = {way: [one[1] for one in found[1:]] for way, found in runs.items()}  # the first warms up
+    wall = {way: statistics.median(found) for way, found in seconds.items()}
     cpu = {way: statistics.median(one[2] for one in found[1:]) for way, found in runs.items()}
     high = {way: statistics.median(one["peak_bytes"] for one in found) / 2**20 for way, found in held.items()}
     rows = [
@@ -178,13 +179,13 @@ def case(folder: str, batch: int, length: int, repeats: int, peaks: int) -> dict
             "what": WAYS[way][0],
             "parameters": parameters[way],
             "losses": [one[0] for one in found],
-            "seconds": [one[1] for one in found[1:]],
+            "seconds": seconds[way],
             "cpu_seconds": [one[2] for one in found[1:]],
             "median_seconds": wall[way],
             "median_cpu_seconds": cpu[way],
             "against_lora": wall[way] / wall["lora"],
-            "against_lora_paired": paired(found, runs["lora"]),
-            "against_split_paired": paired(found, runs["split"]),
+            "against_lora_paired": paired(seconds[way], seconds["lora"]),
+            "against_split_paired": paired(seconds[way], seconds["split"]),
             "against_lora_cpu": cpu[way] / cpu["lora"],
             "peak_mib": high[way],
             "peaks_mib": [one["peak_bytes"] / 2**20 for one in held[way]],
@@ -195,9 +196,9 @@ def case(folder: str, batch: int, length: int, repeats: int, peaks: int) -> dict
     return {"batch": batch, "length": length, "repeats": repeats, "ways": rows}
 
 
-def paired(steps: list[tuple[float, float, float]], others: list[tuple[float, float, float]]) -> dict[str, float]:
-    """Geometric mean of the ratios of seconds of steps that followed each other, with its 95% bootstrap interval."""
-    ratios = np.log([one[1] / other[1] for one, other in zip(steps[1:], others[1:], strict=True)])
+def paired(seconds: list[float], others: list[float]) -> dict[str, float]:
+    """Geometric mean of the ratios of steps that followed each other, with its 95% bootstrap interval."""
+    ratios = np.log(np.divide(seconds, others))
     low, high = interval(ratios)
     return {name: float(np.exp(value)) for name, value in (("mean", ratios.mean()), ("low", low), ("high", high))}
 
@@ -236,7 +237,7 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument(
         "--length", type=int, nargs="+", default=[32], help="tokens in a sequence; several for several cases"
     )
-    parser.add_argument("--repeats", type=int, default=9, help="alternating steps; the median is reported")
+    parser.add_argument("--repeats", type=int, default=40, help="alternating steps; the median is reported")
     parser.add_argument("--peaks", type=int, default=3, help="processes in which each way's memory is measured")
     parser.add_argument("--smoke", action="store_true", help="a tiny random model, two steps")
     parser.add_argument("--out", type=Path, default=HERE / "out", help="folder of the JSON and the table")

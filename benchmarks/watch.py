@@ -47,6 +47,10 @@ class ClockedWatch(DriftWatch):
         """Time the reading of the start."""
         self._clocked(super().on_train_begin, *args, **kwargs)
 
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Time what is kept before a step."""
+        self._clocked(super().on_pre_optimizer_step, *args, **kwargs)
+
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Time a step's end, with a reading or without."""
         self._clocked(super().on_step_end, *args, **kwargs)

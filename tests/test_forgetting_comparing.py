@@ -27,11 +27,13 @@ def test_average_by_hand() -> None:
 
 def test_the_command_averages_filtered_metrics_too_and_names_what_it_leaves_out(capsys) -> None:
     rows = [("sums", "exact_match:strict-match", 0.5, 0.1), ("sums", "exact_match:flexible", 0.6, 0.6),
-            ("reading", "accuracy", 0.8, 0.8),
+            ("reading", "accuracy", 0.8, 0.8), ("strict", "exact_match:strict-match", 0.0, 0.0),
+            ("strict", "exact_match:flexible-extract", 0.8, 0.4),
             ("lost", "acc_norm", 0.0, 0.0), ("prose", "word_perplexity", 9.0, 8.0)]  # fmt: skip
     _show_average(pd.DataFrame(rows, columns=["suite", "metric", "before", "after"]))
     printed = capsys.readouterr().out
-    assert "over 2 tasks (LoKI's Avg): 40%" in printed
+    assert "over 3 tasks (LoKI's Avg): 43.33% (reading accuracy, strict exact_match:flexible-extract, " in printed
+    assert "sums exact_match:strict-match)" in printed
     assert "score before is 0: lost." in printed
     assert "right or wrong there: prose." in printed
 

@@ -27,6 +27,7 @@ from workbench.interfere import (
     within_across,
 )
 from workbench.interfere.moments import Moment
+from workbench.interfere.nulls import mean_interval
 from workbench.metrics import logprob
 from workbench.models import HookedModel, pad_batch
 
@@ -279,6 +280,8 @@ def test_key_statistics_are_moments_of_the_pairs_off_the_diagonal(llama) -> None
     values = found["value"].sel(metric="superposition", layer=2).values.astype(np.float64)
     pairs = np.array([values[i, j] for i in range(8) for j in range(8) if i != j])
     assert row["mean"] == pytest.approx(pairs.mean())
+    assert row["low"] < row["mean"] < row["high"]
+    assert (row["low"], row["high"]) == pytest.approx(mean_interval(values))
     assert row["spread"] == pytest.approx(pairs.std())
     assert row["kurtosis"] == pytest.approx(np.mean(((pairs - pairs.mean()) / pairs.std()) ** 4) - 3)
 

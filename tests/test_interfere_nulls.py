@@ -22,8 +22,8 @@ from workbench.interfere.nulls import (
     drawn,
     level_of_all,
     matched_orders,
+    mean_interval,
     orders,
-    rate_interval,
 )
 from workbench.intervals import benjamini_hochberg
 from workbench.results import validate_interference
@@ -195,7 +195,7 @@ def small() -> tuple[FactSet, xr.Dataset]:
     return facts, ds
 
 
-def test_the_interval_of_a_rate_is_a_literal_bootstrap_over_facts() -> None:
+def test_the_interval_of_a_mean_over_pairs_is_a_literal_bootstrap_over_facts() -> None:
     marks = np.triu(np.random.default_rng(2).random((9, 9)) < 0.4, 1)
     marks = marks | marks.T
     counts = np.random.default_rng(0).multinomial(9, np.full(9, 1 / 9), size=2000)
@@ -204,8 +204,30 @@ def test_the_interval_of_a_rate_is_a_literal_bootstrap_over_facts() -> None:
         drawn = np.repeat(np.arange(9), count)
         pairs = [marks[i, j] for i in drawn for j in drawn if i != j]
         rates.append(np.mean(pairs))
-    assert rate_interval(marks) == pytest.approx(tuple(np.percentile(rates, [2.5, 97.5])))
-    assert np.isnan(rate_interval(marks[:2, :2])).all()
+    assert mean_interval(marks) == pytest.approx(tuple(np.percentile(rates, [2.5, 97.5])))
+    assert np.isnan(mean_interval(marks[:2, :2])).all()
+
+
+def test_the_interval_of_the_correlation_with_meaning_is_a_literal_bootstrap_over_facts() -> None:
+    near = noise(1, n=9, seed=4)[0]
+    near = near + near.T
+    values = np.stack([noise(1, n=9, seed=5)[0], near + noise(1, n=9, seed=6)[0], np.ones((9, 9))])
+    found = against_meaning(values, near, shuffles(9), seed=3, draws=200)
+    counts = np.random.default_rng(3).multinomial(9, np.full(9, 1 / 9), size=200)
+    first, second = np.triu_indices(9, 1)
+    for layer in range(2):
+        ranks = [pd.Series(of[first, second] + of[second, first]).rank().to_numpy() for of in (values[layer], near)]
+        rank = [{frozenset(pair): r for *pair, r in zip(first, second, one, strict=True)} for one in ranks]
+        again = []
+        for count in counts:
+            drawn = np.repeat(np.arange(9), count)
+            pairs = [frozenset((i, j)) for i in drawn for j in drawn if i != j]
+            again.append(np.corrcoef([rank[0][pair] for pair in pairs], [rank[1][pair] for pair in pairs])[0, 1])
+        low, high = np.percentile(again, [2.5, 97.5])
+        assert (found["meaning_low"][layer], found["meaning_high"][layer]) == pytest.approx((low, high), abs=1e-9)
+    assert found["meaning_low"][1] > 0  # negative control: the second has something to find, the first has not
+    assert found["meaning_low"][0] < 0 < found["meaning_high"][0]
+    assert np.isnan(found["meaning_low"][2])
 
 
 @pytest.mark.parametrize("matched", [False, True])

@@ -17,6 +17,7 @@ from test_selection_aware import collisions
 from tiny import FACTS, saved, tiny
 
 from workbench import figures
+from workbench.intervals import standard_ranks
 from workbench.learning import behaviour, harm, layer_advice, predicts, quotas, verdict
 from workbench.results import open_result, open_store, save_result
 from workbench.selection import select
@@ -112,6 +113,20 @@ def test_new_facts_that_lean_where_retained_ones_do_cost_a_layer_its_units() -> 
     assert (control["overlap"] <= control["chance"]).all()
 
 
+def test_new_facts_that_lean_anywhere_are_beyond_chance_in_one_result_of_twenty() -> None:
+    """The level is corrected over layers; the control takes each layer's own 95th percentile."""
+    results, layers, units, draw = 60, 12, 60, np.random.default_rng(1)
+    called = alone = 0
+    for seed in range(results):
+        load, scores = np.abs(distinct(2 * seed, 1, layers, units)[0]), distinct(2 * seed + 1, 5, layers, units)
+        advice = layer_advice(collisions([0.2] * layers, load), new=dataset(scores), draws=99, seed=seed)
+        called += bool((advice["overlap"] > advice["chance"]).any())
+        null = [standard_ranks(np.abs(scores)).mean(0) * draw.permuted(standard_ranks(load), axis=1) for _ in range(99)]
+        alone += bool((advice["overlap"] > np.quantile(np.sum(null, axis=2), 0.95, axis=0)).any())
+    assert called <= 8  # 3 are expected; more than 8 come in 3 of 1,000 draws of 60
+    assert alone > 15
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -122,8 +137,8 @@ def test_new_facts_that_lean_where_retained_ones_do_cost_a_layer_its_units() -> 
         ({"new": dataset(distinct(0, 2, 3, 40))}, "layer 3 has no scores"),
         ({"new": dataset(distinct(0, 2, 4, 40), model_digest="n")}, r"of another model \(m, n\)"),
         ({"new": dataset(distinct(0, 2, 4, 40) * np.nan)}, "layer 0 that are not finite"),
-        ({"new": dataset(distinct(0, 2, 4, 40)), "draws": 0}, "at least one draw, not 0"),
-        ({"draws": 0}, "at least one draw, not 0"),
+        ({"new": dataset(distinct(0, 2, 4, 40)), "draws": 18}, "at least 19 draws, not 18"),
+        ({"draws": 0}, "at least 19 draws, not 0"),
     ],
 )
 def test_advice_on_wrong_inputs_is_refused(options: dict, message: str) -> None:

@@ -513,6 +513,24 @@ def test_a_training_too_short_for_its_readings_says_so(monkeypatch, tmp_path, ca
     assert "too short" in caplog.text
 
 
+def test_keeping_weights_before_every_step_is_watching(tmp_path, monkeypatch) -> None:
+    clock, keep = Clock(), room.keep_trainable
+
+    def slow(*args, **kwargs):
+        clock.now += 3.0 if kwargs.get("new") else 0.0
+        return keep(*args, **kwargs)
+
+    class Second(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs) -> None:
+            clock.now += 1.0
+
+    monkeypatch.setattr(room, "keep_trainable", slow)
+    watch = DriftWatch(tiny("llama"), known_by(), drift=100.0, every=1000, clock=clock)
+    train(model_of("lora"), Second(), watch, folder=tmp_path, steps=4)
+    about = watch.summary
+    assert (about["seconds_watching"], about["seconds_training"]) == (12, 4)
+
+
 def test_reading_the_start_again_after_a_resume_is_watching(monkeypatch) -> None:
     clock, real = Clock(), room.read_probe
 
@@ -576,6 +594,11 @@ def test_a_model_that_becomes_not_a_number_is_beyond_every_bound(tmp_path) -> No
         ({"metric": "bleu"}, "metric must be among"),
         ({"action": "explode"}, "action must be one of"),
         ({"every": 0}, "every must be"),
+        ({"every": True}, 'every must be "auto" or a whole number, at least 1, not True'),
+        ({"most": 0}, "most must be a whole number"),
+        ({"layers": 0}, "layers must be a whole number"),
+        ({"forgetting": 1.5}, "is a share, at most 1, not 1.5"),
+        ({"floor": math.nan}, "floor must be a finite number"),
         ({"share": 0.0}, "share must be above 0 and at most 1"),
         ({"drift": -1.0}, "bound on drift"),
         ({"out": "watch.txt"}, "parquet or .csv"),

@@ -105,11 +105,13 @@ def _show_average(table: Any) -> None:
     from workbench.forgetting import ANSWERED, loki_average
 
     answered = table[table["metric"].str.split(":").str[0].isin(ANSWERED)]  # lm-eval's filter follows the colon
-    scores = answered.drop_duplicates("suite").set_index("suite")[["before", "after"]]
+    order = (answered["before"] <= 0).argsort(kind="stable")  # of a task's metrics the first that had something to lose
+    scores = answered.iloc[order].drop_duplicates("suite").set_index("suite")[["metric", "before", "after"]]
     counted = scores[scores["before"] > 0]
     if len(counted):
         average = loki_average(counted["before"].to_dict(), counted["after"].to_dict())
-        print(f"Average loss over {len(counted)} tasks (LoKI's Avg): {average:.4g}%")
+        of = ", ".join(f"{task} {metric}" for task, metric in sorted(counted["metric"].items()))
+        print(f"Average loss over {len(counted)} tasks (LoKI's Avg): {average:.4g}% ({of})")
     if zero := sorted(set(scores.index) - set(counted.index)):
         print(f"Left out of the average, because the score before is 0: {', '.join(zero)}.")
     if others := sorted(set(table["suite"]) - set(scores.index)):

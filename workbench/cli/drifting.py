@@ -77,6 +77,11 @@ def drift_command(
     wanted = metrics or METRICS
     frame = measure_drift(first, second, chosen, metrics=wanted, anchor=anchor, progress=not asked.quiet)
     write_table(frame, out)
+    if dropped := frame.attrs["dropped"].get(anchor):
+        print(f"Metrics per layer leave out {dropped} of {len(chosen)} facts: the model does not confirm their anchor.")
+    if frame["change"].isna().all():
+        print("No fact has a drift: choose another --anchor, or d_emb or d_soft as --metrics, which need none.")
+        return
     summary = tables.drift_summary(frame.assign(method="after", group="facts"))
     show(summary.drop(columns=["method", "group"]))
     floored = [metric for metric in DISTANCES if metric in wanted]

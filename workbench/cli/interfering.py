@@ -22,7 +22,7 @@ from workbench.cli.app import (
 
 #: What the table on the screen has; the files have every number.
 SHOWN = ["metric", "layer", "within", "across", "difference", "low", "high", "p_value", "q_value", "chance",
-         "matched_chance", "level", "meaning_rho", "meaning_q"]  # fmt: skip
+         "matched_chance", "level", "meaning_rho", "meaning_low", "meaning_high", "meaning_q"]  # fmt: skip
 
 
 @app.command(name="interference")

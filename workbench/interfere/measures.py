@@ -114,7 +114,8 @@ def interference(
         units), at the last prompt token for "suppression" and at every token for "gradient"; |whitened key| for
         "superposition", whose units are the coordinates of whitened keys.
         With a model, `meaning` (fact, other), how near two facts are by the embedding, and per metric and layer its
-        rank correlation with the value `meaning_rho`, `meaning_p` (Mantel) and `meaning_q`.
+        rank correlation with the value `meaning_rho`, its 95% interval over facts `meaning_low`..`meaning_high`,
+        `meaning_p` (Mantel) and `meaning_q`.
         `load` (layer, unit): mean |score| over facts, what the facts lean on. With "gradient", `gradient_norm`
         (layer, fact).
 
@@ -300,7 +301,7 @@ def _tested(
     found = against_relations(value, relations, shuffles, seed, DRAWS)
     found["q_value"] = benjamini_hochberg(found["p_value"])
     if near is not None:
-        found |= against_meaning(value, near, shuffles)
+        found |= against_meaning(value, near, shuffles, seed, DRAWS)
         found["meaning_q"] = benjamini_hochberg(found["meaning_p"])
     return found
 

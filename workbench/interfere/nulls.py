@@ -7,7 +7,7 @@ units of each fact, and intervals resample facts (the vertex bootstrap of Snijde
 from collections.abc import Callable, Iterable
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Num
 
 from workbench.interfere.problem import Draw, Matrix
 from workbench.intervals import bootstrap, standard_ranks
@@ -159,42 +159,48 @@ def _difference_interval(
     drawn = bootstrap(np.eye(n), draws=draws, seed=seed)  # a fact's share of each draw
     apart = ~np.eye(n, dtype=bool)
     ends = np.full((2, len(values)), np.nan)
-    inside, outside = (same & apart).astype(np.float64), (~same).astype(np.float64)
-    weights = [((drawn @ marks) * drawn).sum(1) for marks in (inside, outside)]
-    usable = (weights[0] > 0) & (weights[1] > 0)
-    drawn, weights = drawn[usable], [weight[usable] for weight in weights]
+    marks = np.stack([same & apart, ~same]).astype(np.float64)
+    weights = _over_pairs(drawn, marks)
+    usable = (weights > 0).all(0)
+    drawn, weights = drawn[usable], weights[:, usable]
     if not len(drawn):
         return ends[0], ends[1]
     for layer, matrix in enumerate(values):
-        mean = [
-            ((drawn @ (marks * matrix)) * drawn).sum(1) / weight
-            for marks, weight in zip((inside, outside), weights, strict=True)
-        ]
+        mean = _over_pairs(drawn, marks * matrix) / weights
         ends[:, layer] = np.percentile(mean[0] - mean[1], [2.5, 97.5])
     return ends[0], ends[1]
 
 
-def rate_interval(marks: Bool[np.ndarray, "fact other"], seed: int = 0, draws: int = 2000) -> tuple[float, float]:
-    """The 95% percentile interval of the share of marked pairs when facts are drawn with replacement, NaN for two."""
-    n = len(marks)
+def mean_interval(
+    values: Num[np.ndarray, "fact other"] | Bool[np.ndarray, "fact other"], seed: int = 0, draws: int = 2000
+) -> tuple[float, float]:
+    """The 95% percentile interval of the mean over pairs when facts are drawn with replacement, NaN for two facts."""
+    n = len(values)
     if n < 3:
         return float("nan"), float("nan")
-    drawn, apart = bootstrap(np.eye(n), draws=draws, seed=seed), ~np.eye(n, dtype=bool)
-    total, found = (((drawn @ part.astype(np.float64)) * drawn).sum(1) for part in (apart, marks & apart))
+    drawn, apart = bootstrap(np.eye(n), draws=draws, seed=seed), 1.0 - np.eye(n)
+    total, found = _over_pairs(drawn, np.stack([apart, values * apart]))
     low, high = np.percentile(found[total > 0] / total[total > 0], [2.5, 97.5])
     return float(low), float(high)
 
 
+def _over_pairs(drawn: Float[np.ndarray, "draw fact"], values: Values) -> Float[np.ndarray, "layer draw"]:
+    """The sum over pairs of facts in every draw, each pair by how often its two facts were drawn together."""
+    return np.stack([((drawn @ matrix) * drawn).sum(1) for matrix in values])
+
+
 def against_meaning(
-    values: Values, meaning: Matrix, shuffles: Int[np.ndarray, "draw fact"]
+    values: Values, meaning: Matrix, shuffles: Int[np.ndarray, "draw fact"], seed: int = 0, draws: int = 2000
 ) -> dict[str, Float[np.ndarray, " layer"]]:
     """Spearman correlation over pairs of a measure with nearness in meaning, per layer, and its Mantel test's p-value.
 
-    The null shuffles the facts of `meaning`; the p-value is two-sided; NaN where all values, or all meanings, are the
-    same.
+    The null shuffles the facts of `meaning`; the p-value is two-sided. `meaning_low` and `meaning_high` are a 95%
+    percentile interval over resampled facts, without the pairs of a fact with its own copy; every pair keeps its rank.
+    NaN where all values, or all meanings, are the same.
     """
     first, second = np.triu_indices(len(meaning), 1)
-    found = {name: np.full(len(values), np.nan) for name in ("meaning_rho", "meaning_p")}
+    names = ("meaning_rho", "meaning_low", "meaning_high", "meaning_p")
+    found = {name: np.full(len(values), np.nan) for name in names}
     ranks = standard_ranks(in_pairs(values))
     near = standard_ranks(meaning[first, second].astype(np.float64))
     spread = ranks.any(1)
@@ -206,6 +212,19 @@ def against_meaning(
     null = np.stack([ranks @ square[shuffle[first], shuffle[second]] for shuffle in shuffles])
     found["meaning_rho"] = np.where(spread, rho, np.nan)
     found["meaning_p"] = np.where(spread, _two_sided(null, rho, np.ones(len(values))), np.nan)
+    drawn, apart = bootstrap(np.eye(len(meaning)), draws=draws, seed=seed), 1.0 - np.eye(len(meaning))
+    for layer in np.flatnonzero(spread):
+        own = np.zeros(meaning.shape)
+        own[first, second] = own[second, first] = ranks[layer]
+        total, *sums = _over_pairs(drawn, np.stack([apart, own, square, own**2, square**2, own * square]))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            mean, near_mean, power, near_power, both = (part / total for part in sums)
+            spreads = (power - mean**2) * (near_power - near_mean**2)
+            again = (both - mean * near_mean) / np.sqrt(spreads)
+        usable = (total > 0) & (spreads > ROUNDING * (power * near_power))
+        if usable.any():
+            ends = np.percentile(again[usable], [2.5, 97.5])
+            found["meaning_low"][layer], found["meaning_high"][layer] = ends
     return found
 
 

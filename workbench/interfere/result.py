@@ -5,12 +5,13 @@ import pandas as pd
 import xarray as xr
 
 from workbench.interfere.measures import METRICS
-from workbench.interfere.nulls import groups, in_pairs, rate_interval
+from workbench.interfere.nulls import groups, in_pairs, mean_interval
 
 #: The numbers per metric and layer, in the order of the frame; results of before may lack some.
 COLUMNS = (
     "within", "across", "difference", "low", "high", "null_low", "null_high", "p_value", "q_value",
-    "chance", "matched_chance", "expected", "level", "meaning_rho", "meaning_p", "meaning_q",
+    "chance", "matched_chance", "expected", "level", "meaning_rho", "meaning_low", "meaning_high", "meaning_p",
+    "meaning_q",
 )  # fmt: skip
 
 
@@ -77,21 +78,23 @@ def colliding_pairs(result: xr.Dataset, *, metric: str = "cosine") -> pd.DataFra
 
 
 def key_statistics(result: xr.Dataset) -> pd.DataFrame:
-    """How superposed the keys of each layer are: layer, mean, spread, kurtosis, n_pairs.
+    """How superposed the keys of each layer are: layer, mean, low, high, spread, kurtosis, n_pairs.
 
-    Over all p_ij with i and j different (both directions): their mean, their standard deviation, and their excess
-    kurtosis, 0 for a normal distribution and large where few pairs carry the superposition; NaN without any spread.
+    Over all p_ij with i and j different (both directions): their mean with its 95% interval over facts, their standard
+    deviation, and their excess kurtosis, 0 for a normal distribution and large where few pairs carry the superposition;
+    NaN without any spread.
     """
     _asked(result, "superposition")
     rows = []
     apart = ~np.eye(result.sizes["fact"], dtype=bool)
     for layer in result["layer"].values:
-        pairs = result["value"].sel(metric="superposition", layer=layer).values[apart].astype(np.float64)
+        values = result["value"].sel(metric="superposition", layer=layer).values.astype(np.float64)
+        pairs = values[apart]
         centred = pairs - pairs.mean()
         variance = float((centred**2).mean())
         kurtosis = float((centred**4).mean()) / variance**2 - 3 if variance > 0 else np.nan
-        rows.append((int(layer), float(pairs.mean()), variance**0.5, kurtosis, pairs.size))
-    return pd.DataFrame(rows, columns=["layer", "mean", "spread", "kurtosis", "n_pairs"])
+        rows.append((int(layer), float(pairs.mean()), *mean_interval(values), variance**0.5, kurtosis, pairs.size))
+    return pd.DataFrame(rows, columns=["layer", "mean", "low", "high", "spread", "kurtosis", "n_pairs"])
 
 
 def conflict_rates(result: xr.Dataset, *, metric: str = "gradient") -> pd.DataFrame:
@@ -115,7 +118,7 @@ def conflict_rates(result: xr.Dataset, *, metric: str = "gradient") -> pd.DataFr
             float(null[place]) if metric == "gradient" and len(null) == len(result["layer"]) else np.nan
             for null in nulls
         ]
-        rows.append((int(layer), float(below.mean()), *rate_interval(value + value.T < 0), *shares, *told, below.size))
+        rows.append((int(layer), float(below.mean()), *mean_interval(value + value.T < 0), *shares, *told, below.size))
     columns = ["layer", "conflict_rate", "low", "high", "within", "across", "chance", "matched_chance", "n_pairs"]
     return pd.DataFrame(rows, columns=columns)
 

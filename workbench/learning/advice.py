@@ -9,6 +9,7 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Float
 
+from workbench.interfere.nulls import DRAWS, level_of_all
 from workbench.intervals import interval, standard_ranks
 from workbench.selection.aware import gather_evidence, layer_budgets
 from workbench.selection.voting import ScoreSource, score_source, units_in
@@ -40,23 +41,24 @@ def layer_advice(
         new: a result of `attribute` for the facts to be taught, of the same model and unit kind.
         quota: share of all units that is trained, in percent.
         weights: of the terms "collision" and "new"; 1 each where they are left out.
-        draws: shuffles of units behind the chance level.
+        draws: shuffles of units behind the chance level, 19 at least.
         seed: of the shuffles.
 
     Returns:
         A row a layer: layer; `load_share` (of all that retained facts lean on, 0 to 1); `collision` (mean overlap of
         retained facts less the mean by chance, in standard deviations over layers, mean over the measures); with `new`
         also `overlap`, `low`, `high` (Spearman correlation over units of a new fact's |score| with the load: mean and
-        95% interval over new facts) and `chance` (the 95th percentile of that mean when the load's units are shuffled);
+        95% interval over new facts) and `chance` (what that mean exceeds when the load's units are shuffled in any
+        layer of 5% of results at most: a level corrected over layers, see `interference`);
         `budget` (units), `percent` (of the layer) and `reason`.
 
     Raises:
-        ValueError: results that do not fit together, a weight of another name, no draws, or a quota of less than one
-            unit.
+        ValueError: results that do not fit together, a weight of another name, too few draws, or a quota of less than
+            one unit.
     """
     weight = _checked(weights)
-    if draws < 1:
-        raise ValueError(f"A chance level needs at least one draw, not {draws}.")
+    if draws < DRAWS:
+        raise ValueError(f"A chance level needs at least {DRAWS} draws, not {draws}.")
     source = _as_source(interference)
     beside = xr.Dataset(attrs=interference.attrs)
     collision = gather_evidence(source, beside, interference, None, {"collision": 1, "load": 0}).collision
@@ -132,7 +134,8 @@ def _overlaps(
     source: ScoreSource, load: Float[np.ndarray, "layer unit"], scores: xr.DataArray, draws: int, seed: int
 ) -> dict[str, list[float]]:
     """Rank correlation of every new fact's |score| with the load, layer by layer, against shuffled units."""
-    columns: dict[str, list[float]] = {"overlap": [], "low": [], "high": [], "chance": []}
+    columns: dict[str, list[float]] = {"overlap": [], "low": [], "high": []}
+    null = np.zeros((draws, len(source.layers)))
     for place, layer in enumerate(source.layers):
         size = np.abs(scores.sel(layer=layer).transpose("fact", "unit").values)
         if not np.isfinite(size).all():
@@ -141,12 +144,11 @@ def _overlaps(
         generator = np.random.default_rng([seed, layer])
         each = ranks @ leaned
         mean = ranks.mean(0)  # the correlation is linear in the facts' ranks
-        null = [float(mean @ generator.permutation(leaned)) for _ in range(draws)]
+        null[:, place] = [float(mean @ generator.permutation(leaned)) for _ in range(draws)]
         low, high = interval(each)
-        values = (float(each.mean()), float(low), float(high), float(np.quantile(null, 0.95)))
-        for name, value in zip(columns, values, strict=True):
+        for name, value in zip(columns, (float(each.mean()), float(low), float(high)), strict=True):
             columns[name].append(value)
-    return columns
+    return columns | {"chance": level_of_all(null).tolist()}
 
 
 def _shares(values: Float[np.ndarray, " layer"]) -> Float[np.ndarray, " layer"]:

@@ -136,8 +136,8 @@ def attribute_drift(
 def drift_shares(frame: pd.DataFrame, *, draws: int = DRAWS, seed: int = SEED) -> pd.DataFrame:
     """The share of the facts' drift that comes back, per layer, units and metric, with intervals over facts.
 
-    Shares are averaged with weights |drift|: the sum of what comes back over the sum of the drift. Matched draws are
-    averaged within a fact first; `difference` is leaned - matched of the same fact. Columns: layer, units, metric, n
+    Shares are averaged with weights |drift|, so that what did not move counts for little. Matched draws are averaged
+    within a fact first; `difference` is leaned - matched of the same fact. Columns: layer, units, metric, n
     (facts that drifted), n_units and size (means over facts), share, low, high (95% bootstrap over facts).
     """
     records = []

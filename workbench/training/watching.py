@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from workbench.facts import FactSet
 from workbench.models import HookedModel
 from workbench.training import transient
+from workbench.training.bounds import check_watch
 from workbench.training.probing import AWAY, Seen, blocks_of, device_of, growth, read_probe
 from workbench.training.remedies import ACTIONS, Situation, keep_trainable
 from workbench.training.resuming import beside, check_resumed, check_same_start, rows_until, seconds_until, write_frame
@@ -103,7 +104,7 @@ class DriftWatch(TrainerCallback):
         self.every, self.share, self.floor, self.seed, self.clock = every, share, floor, seed, clock
         self.drift, self.forgetting, self.action, self.factor, self.layers = drift, forgetting, action, factor, layers
         self.out = None if out is None else Path(out)
-        _check(self, probe, retained, most)
+        check_watch(self, probe, retained, most)
         drawn = {"probe": probe.at_most(most, seed)} | (
             {} if retained is None else {"retained": retained.at_most(most, seed)}
         )
@@ -206,7 +207,9 @@ class DriftWatch(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Keep what began to train since the last reading, whichever callback unfroze it, before it changes."""
         if self._bounds() and self.action in ("stop", "freeze_layers"):
+            began = self.clock()
             keep_trainable(model, self.kept, new=True)
+            self.spent += self.clock() - began
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Read when it is time to, and at the last step in any case."""
@@ -315,26 +318,3 @@ class DriftWatch(TrainerCallback):
             return
         write_frame(self.trajectory, self.out)
         write_frame(self.farthest.history, beside(self.out))
-
-
-def _check(watch: DriftWatch, probe: FactSet, retained: FactSet | None, most: int) -> None:
-    """Raise one sentence for what cannot be meant."""
-    if not len(probe) or (retained is not None and not len(retained)):
-        raise ValueError("There is nothing to watch: the set of facts is empty.")
-    unknown = [metric for metric in watch.metrics if metric not in AWAY]
-    if unknown or not watch.metrics:
-        raise ValueError(f"metric must be among {list(AWAY)}, not {list(watch.metrics)}.")
-    if watch.action not in ACTIONS:
-        raise ValueError(f"action must be one of {list(ACTIONS)}, not {watch.action!r}.")
-    if watch.out is not None and watch.out.suffix not in (".parquet", ".csv"):
-        raise ValueError(f"out must be a .parquet or .csv file, not {watch.out}.")
-    if watch.every != "auto" and (not isinstance(watch.every, int) or watch.every < 1):
-        raise ValueError(f'every must be "auto" or a number of steps, at least 1, not {watch.every!r}.')
-    ranges = {"share": (watch.share, 1.0), "factor": (watch.factor, 1.0), "most": (most, math.inf),
-              "layers": (watch.layers, math.inf)}  # fmt: skip
-    for name, (value, top) in ranges.items():
-        if not 0 < value <= top:
-            raise ValueError(f"{name} must be above 0{'' if math.isinf(top) else ' and at most 1'}, not {value}.")
-    for name, bound in (("drift", watch.drift), ("forgetting", watch.forgetting)):
-        if bound is not None and not bound >= 0:
-            raise ValueError(f"The bound on {name} must be at least 0, not {bound}.")

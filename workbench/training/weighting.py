@@ -101,6 +101,7 @@ def distances_now(
 ) -> Float[Tensor, " sample"]:
     """`d_soft` of everything that is trained, by the model as it is now."""
     training, device = model.training, next(model.parameters()).device
+    W_E = W_E.to(device)
     model.eval()
     distance = torch.zeros(len(items), dtype=torch.float64)
     for indices in by_length([len(item.ids) for item in items]):
