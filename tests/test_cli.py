@@ -208,6 +208,7 @@ def test_settings_are_read_from_files_and_flags(tmp_path, monkeypatch, capsys) -
         (["run", "--set", "model.x=3", "--model", "m"], "'model' and 'model.x' cannot both be changed"),
         (["run", "--set", "training.seed=3", "--seed", "2"], "'training.seed' is given by --set and by a flag"),
         (["run", "--config", "nowhere.toml"], "no configuration file nowhere.toml"),
+        (["run", "--set", "seed=" + "[" * 10**5], "The setting 'seed' does not fit"),
         (["run", "--methods", "magic"], "methods knows"),
         (["report", "nowhere"], "nowhere"),
         (["select", "nowhere.zarr", "--out", "x.json"], "nowhere.zarr"),

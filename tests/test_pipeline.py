@@ -171,7 +171,7 @@ def test_too_few_known_facts_for_harm_are_refused_before_they_are_attributed(inp
     few = facts.filter(ids=[*known[:8], *others]).save(tmp_path / "few.jsonl")
     taught = FACTS.filter(ids=list(FACTS.ids)[:3]).save(tmp_path / "taught.jsonl")
     changes = {"retained": str(few), "implanted": str(taught), "methods": [], "interference.harm": True}
-    with pytest.raises(ValueError, match=r"no more than 7: raise attribution\.max_facts"):
+    with pytest.raises(ValueError, match=r"no more than 6: raise attribution\.max_facts"):
         wb.run(config(inputs, tmp_path / "run", **changes), progress=False)
     assert (tmp_path / "run/recall.parquet").is_file()
     assert not (tmp_path / "run/attribution.zarr").exists()
@@ -245,6 +245,38 @@ def test_a_changed_setting_redoes_what_depends_on_it(inputs: dict[str, str], tmp
     assert open_result(tmp_path / "attribution.zarr").attrs["steps"] == 3
 
 
+def test_more_attributed_facts_leave_others_to_be_read(inputs: dict[str, str], tmp_path: Path) -> None:
+    """Also where no selection is trained: a changed folder equals a fresh one."""
+    quick = {"methods": ["lora"], "training.max_epochs": 1}
+    for most, place in ((2, "one"), (6, "one"), (6, "two")):
+        wb.run(config(inputs, tmp_path / place, **quick, **{"attribution.max_facts": most}), progress=False)
+    one, two = (load_frame(tmp_path / name / "forgetting.parquet") for name in ("one", "two"))
+    pd.testing.assert_frame_equal(one, two)
+    read = set(one.loc[one["suite"] == "retained", "fact"])
+    assert read.isdisjoint(open_result(tmp_path / "one/attribution.zarr")["fact"].values.tolist())
+
+
+def test_what_is_taught_is_not_read_as_known_before(inputs: dict[str, str], tmp_path: Path, caplog) -> None:
+    """An edit of known facts: their prompts, other answers, other ids."""
+    retained = wb.load_facts(inputs["retained"])
+    recall = wb.recall(wb.load_model(inputs["model"]), retained, progress=False)
+    edited = retained.filter(ids=[str(name) for name in recall.index[recall["known"]][:2]])
+    records = [{"id": f"new/{fact.id}", "prompt": fact.prompt, "answer": retained[0].answer} for fact in edited]
+    place = str(FactSet.from_records(records).save(tmp_path / "edits.jsonl"))
+    changes = {"implanted": place, "methods": ["lora"], "training.max_epochs": 1}
+    folder = wb.run(config(inputs, tmp_path / "run", **changes), progress=False).path
+    assert f"2 facts of {retained.name} have a prompt that is taught" in caplog.text
+    frame = load_frame(folder / "forgetting.parquet")
+    read = set(frame.loc[frame["suite"] == "retained", "fact"])
+    attributed = set(open_result(folder / "attribution.zarr")["fact"].values.tolist())
+    assert len(read | attributed) == recall["known"].sum() - 2
+    assert (read | attributed).isdisjoint(edited.ids)
+    same = [record | {"id": retained.ids[0], "prompt": "a quite new one is"} for record in records[:1]]
+    taken = str(FactSet.from_records(same).save(tmp_path / "taken.jsonl"))
+    with pytest.raises(ValueError, match="is the id of one fact of each"):
+        wb.run(config(inputs, tmp_path / "x", implanted=taken, **{"interference.harm": True}), progress=False)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -258,6 +290,7 @@ def test_a_changed_setting_redoes_what_depends_on_it(inputs: dict[str, str], tmp
             "reads cosine, jaccard, gradient: have one",
         ),
         ({"selection.quota": 0}, "'selection.quota' does not fit"),
+        ({"seed": True}, "'seed' does not fit"),
         ({"selection.layers": []}, "'selection.layers' does not fit"),
         ({"selection.layers": [0, True]}, r"'selection\.layers\.1' does not fit"),
         ({"training.learning_rate": float("inf")}, r"'training\.learning_rate' does not fit"),

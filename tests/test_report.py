@@ -257,6 +257,17 @@ def test_unequal_efficacy_is_said_and_equal_efficacy_is_not():
     assert "does not compare" not in told([1] * 10)
 
 
+def test_a_few_facts_tell_no_method_from_another_and_no_distance_from_still():
+    (sentence,) = findings.versus(accuracy("retained", loki=[1] * 9, lora=[0] * 9), "retained")
+    assert "LoKI lies +100.0 points from LoRA, too few facts to judge by; paired bootstrap over 9 facts" in sentence
+    (sentence,) = findings.versus(accuracy("retained", loki=[1] * 10, lora=[0] * 10), "retained")
+    assert "answers more than LoRA" in sentence
+    row = {"group": "new", "method": "loki", "before": 1.0, "after": 0.5, "low": -0.6, "high": -0.4}
+    (few,), (enough,) = (findings.about_distance(pd.DataFrame([{**row, "n": n}])) for n in (9, 10))
+    assert "(too few to judge by: " in few
+    assert "(closer: " in enough
+
+
 def test_sentences_fit_results_that_are_all_alike():
     table = pd.DataFrame({"relation": ["a", "b", "all"], "known": [5, 5, 10], "unknown": 2, "share": [0.7, 0.7, 0.7]})
     assert len(findings.about_recall(table, pd.DataFrame())) == 1  # no relation is known best
@@ -317,7 +328,7 @@ def test_relations_beyond_and_within_the_null_band():
     recall = pd.DataFrame({"known": [True, True, False]}, index=["a", "b", "c"])
     assert findings.about_attributed(["b", "c"], recall) == ["1 of 2 known facts were attributed."]
     (few,) = findings.about_relations(table.assign(difference=np.nan))
-    assert few.startswith("There are too few facts")
+    assert few == "No two attributed facts are of one relation, so that there is nothing to compare."
 
 
 def test_measures_are_told_by_their_corrected_layers():
@@ -403,7 +414,7 @@ def test_facts_of_one_relation_are_not_drawn_within_and_across(run, tmp_path):
     found = found.assign(nothing).assign_coords(relation=("fact", ["capital"] * found.sizes["fact"]))
     save_result(found, folder / "interference.zarr", kind="interference")
     text = report(folder).read_text(encoding="utf-8")
-    assert "There are too few facts per relation to compare overlaps within and across relations." in text
+    assert "All attributed facts are of one relation, so that there is nothing to compare." in text
     assert "relations" not in embedded(text)
     assert "relations" in embedded(report(run).read_text(encoding="utf-8"))
 
@@ -527,6 +538,11 @@ def test_training_that_fell_short_is_a_main_finding(run, tmp_path):
     summary = re.search(r'id="summary".*?</section>', text, flags=re.S).group(0)
     assert "LoRA did not reach the 95% asked for" in summary
     assert len(re.findall("<li>", summary)) <= 6
+    for method in ("loki", "loki_random"):
+        other = folder / "implant" / method / "training.json"
+        other.write_text(json.dumps({**json.loads(other.read_text()), "reached": False, "efficacy": 0.4}))
+    summary = re.search(r'id="summary".*?</section>', report(folder).read_text(encoding="utf-8"), flags=re.S).group(0)
+    assert "LoKI, random rows and LoRA did not reach what was asked for" in summary
 
 
 def test_forgetting_that_is_worse_is_not_told_as_better(run, tmp_path):

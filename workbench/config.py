@@ -71,7 +71,7 @@ class TrainConfig(_Section):
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     paraphrases: int = Field(0, ge=0, description="paraphrases of a fact that are trained too; the rest is held out")
     lora_rank: int = Field(16, ge=1, description="rank of the methods that have one, LoKI aside")
-    seed: int = Field(0, ge=0, lt=2**32, description="seed of initialisation and data order")
+    seed: int = Field(0, strict=True, ge=0, lt=2**32, description="seed of initialisation and data order")
     loss: Literal["plain", "sample", "token", "soft"] = Field(
         "plain", description="cross-entropy; with sample or token weights by meaning; or with the semantic term"
     )
@@ -112,7 +112,7 @@ class Config(_Section):
     methods: tuple[str, ...] = Field(
         ("loki", "loki_random", "lora"), description="what is compared; none trains nothing"
     )
-    seed: int = Field(0, ge=0, lt=2**32, description="seed of everything that is drawn")
+    seed: int = Field(0, strict=True, ge=0, lt=2**32, description="seed of everything that is drawn")
     attribution: AttributionConfig = AttributionConfig()
     interference: InterferenceConfig = InterferenceConfig()
     selection: SelectionConfig = SelectionConfig()
@@ -149,7 +149,9 @@ class Config(_Section):
         try:
             return cls.model_validate(settings)
         except ValidationError as error:
-            raise ValueError(one_sentence(error, path)) from None
+            named = ".".join(map(str, error.errors()[0]["loc"]))
+            own = any(name == named or named.startswith(f"{name}.") for name in changes)  # not the file's
+            raise ValueError(one_sentence(error, None if own else path)) from None
 
 
 def one_sentence(error: ValidationError, path: str | Path | None = None) -> str:
@@ -171,7 +173,7 @@ def _load(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no configuration file {path}; run without one for the defaults.")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         settings = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(

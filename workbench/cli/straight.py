@@ -79,5 +79,5 @@ def _setting(text: str) -> tuple[str, Any]:
         raise ValueError(f"--set takes name=value, as in training.seed=1, not {text!r}.")
     try:
         return name, json.loads(value)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return name, value

@@ -122,6 +122,14 @@ def _pararel_pair(path: Path) -> tuple[Path, Path]:
     return pair
 
 
+def _number_or_text(place: str, case: dict[str, Any]) -> int | str:
+    """The case's id, which CounterFact writes as a number."""
+    found = case["case_id"]
+    if isinstance(found, bool) or not isinstance(found, int | str):
+        raise ValueError(f"{place}: field 'case_id' is {found!r:.40}: write a number or a text")
+    return found
+
+
 def read_counterfact(source: Source, target: str = "target_true") -> list[Placed]:
     """Read CounterFact with the true target as the answer; neighbours always keep the true one."""
     placed = []
@@ -138,7 +146,7 @@ def read_counterfact(source: Source, target: str = "target_true") -> list[Placed
             for prompt in dict.fromkeys(_texts(place, case, "neighborhood_prompts"))
         ]
         record = {
-            "id": f"{relation or 'counterfact'}/{case['case_id']}" if "case_id" in case else "",
+            "id": f"{relation or 'counterfact'}/{_number_or_text(place, case)}" if "case_id" in case else "",
             "relation": relation,
             "subject": subject,
             "prompt": template.replace("{}", subject),
@@ -220,7 +228,8 @@ def _mmlu_record(
     in_name: str,
     asked: Callable[[str, str, Sequence[str]], str] = _asked_plainly,
 ) -> Placed:
-    question, topic = need_text(place, record, "question"), str(record.get("subject") or in_name)
+    question = need_text(place, record, "question")
+    topic = need_text(place, record, "subject") if record.get("subject") else in_name
     if "choices" in record:
         choices = record["choices"]
         if not isinstance(choices, list) or len(choices) != len(LETTERS):

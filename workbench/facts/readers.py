@@ -66,8 +66,9 @@ def _from_cells(place: str, cells: Mapping[str, str]) -> dict[str, Any]:
 def _json_cell(place: str, column: str, text: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: column {column!r} is not valid JSON ({error.msg}): write a JSON list") from None
+    except (ValueError, RecursionError) as error:
+        what = getattr(error, "msg", "nested too deeply, or a number of too many digits")
+        raise ValueError(f"{place}: column {column!r} is not valid JSON ({what}): write a JSON list") from None
 
 
 FORMATS: dict[str, Format] = {

@@ -1,16 +1,19 @@
 """What can be known to be wrong with the settings of a run, as early as it can be known."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from workbench.attribution import filled_in
 from workbench.config import Config
-from workbench.facts import general_text
+from workbench.facts import FactSet, general_text
 from workbench.interfere import checked_metrics
 from workbench.learning import FEWEST
 from workbench.loki import BASELINES
 from workbench.models import HookedModel
 from workbench.selection import COLLISIONS, READ_INTERFERENCE, check_choice
+
+log = logging.getLogger(__name__)
 
 #: What each LoKI method changes in the selection of the configuration.
 LOKI_METHODS: dict[str, dict[str, Any]] = {
@@ -61,6 +64,26 @@ def check_selection(config: Config, model: HookedModel, unit: str) -> None:
     beyond = [layer for layer in chosen.layers or () if not 0 <= layer < model.n_layers]
     if beyond:
         raise ValueError(f"selection.layers has {beyond[0]}, but the model has layers 0 to {model.n_layers - 1}.")
+
+
+def taught_of(retained: FactSet, implanted: FactSet) -> list[str]:
+    """The ids of retained facts whose prompt, or a wording of it, is among those that are taught."""
+    prompts = {prompt for fact in implanted for prompt in (fact.prompt, *fact.paraphrases)}
+    found = [fact.id for fact in retained if prompts & {fact.prompt, *fact.paraphrases}]
+    if found:
+        told = "%d facts of %s have a prompt that is taught, and do not count among what the model knew before"
+        log.warning(told, len(found), retained.name)
+    return found
+
+
+def check_ids(config: Config, retained: FactSet, implanted: FactSet) -> None:
+    """Raise if the harm is asked for, of all facts together, and two of them have one id."""
+    texts = retained.texts if config.interference.harm else {}
+    if twice := [name for name, text in implanted.texts.items() if texts.get(name, text) != text]:
+        raise ValueError(
+            f"interference.harm takes retained and implanted facts together, and {twice[0]!r} is the id of one fact of "
+            "each: give them ids of their own, or leave the harm out."
+        )
 
 
 def check_harm(config: Config, n_facts: int) -> None:

@@ -22,7 +22,7 @@ from workbench.learning import foresee, layer_advice, quotas
 from workbench.loki import METHODS, adapter_for, check_method
 from workbench.models import HookedModel, load_model
 from workbench.opening import open_model
-from workbench.pipeline.checks import LOKI_METHODS, check, check_harm, check_selection, is_advised, reads_advice
+from workbench.pipeline import checks
 from workbench.recollection import recall, text_chunks
 from workbench.reporting import report
 from workbench.results import (
@@ -67,7 +67,7 @@ def run(config: Config | str | Path, *, progress: bool = True) -> RunDir:
             work in the folder.
     """
     config = config if isinstance(config, Config) else Config.read(config)
-    check(config)
+    checks.check(config)
     folder = RunDir(Path(config.out))
     folder.file("stages").mkdir(parents=True, exist_ok=True)
     with folder.lock(), folder.logged("log.txt"):
@@ -94,6 +94,8 @@ class _Way:
         self.definition = filled_in(config.attribution.model_dump(exclude={"max_facts"})) | {"seed": config.seed}
         self.retained = load_facts(config.retained)
         self.implanted = load_facts(config.implanted)
+        self.taught = checks.taught_of(self.retained, self.implanted)
+        checks.check_ids(config, self.retained, self.implanted)
         self._check_harm(self.retained)
         self.model: HookedModel = load_model(config.model, device=config.device, dtype=config.dtype)
         for facts in (self.retained, self.implanted):
@@ -101,13 +103,13 @@ class _Way:
         self.measured: dict[str, Any] = config.interference.model_dump(exclude={"harm"}) | {"seed": config.seed}
         self.general = general_text(config.evaluation.general)
         text_chunks(self.model, self.general, max_tokens=config.evaluation.general_tokens)
-        check_selection(config, self.model, self.definition["unit"])
+        checks.check_selection(config, self.model, self.definition["unit"])
 
     def stages(self) -> Iterator[Stage]:
         """All stages in order; a key is made when its turn comes, from what lies in the folder by then."""
         config = self.config
         base = {"model": self.model.digest, "dtype": str(self.model.dtype)}
-        known = {**base, "retained": self.retained.digest}
+        known = {**base, "retained": self.retained.digest} | ({"taught": self.taught} if self.taught else {})
         yield Stage("recall", known, ("recall.parquet",), self._recall)
         new = {**base, "implanted": self.implanted.digest}
         yield Stage("recall_new", new, ("recall_new.parquet",), self._recall_new)
@@ -116,40 +118,41 @@ class _Way:
         among = {**attributed, "interference": self.measured}
         yield Stage("interference", among, ("interference.zarr",), self._interfere)
         both = {**among, **new}
-        if is_advised(config) or config.interference.harm:
+        if checks.is_advised(config) or config.interference.harm:
             yield Stage("attribution_new", {**attributed, **new}, ("attribution_new.zarr",), self._attribute_new)
-        if is_advised(config):
+        if checks.is_advised(config):
             trainable = {name: getattr(config.selection, name) for name in ("quota", "layers")}
             yield Stage("advice", {**both, **trainable}, ("advice.parquet",), self._advise)
         if config.interference.harm:
             yield Stage("prediction", both, ("prediction.parquet", "prediction.json"), self._predict)
         trained: dict[str, Any] = {}
         for method in config.methods:
-            if method in LOKI_METHODS:
+            if method in checks.LOKI_METHODS:
                 chosen, work = self._chosen(method, both), partial(self._select, method)
                 yield Stage(f"selection-{method}", chosen, (f"selection/{method}.json",), work)
         for method in config.methods:
-            chosen = self._chosen(method, both) if method in LOKI_METHODS else self._restricted()
+            chosen = self._chosen(method, both) if method in checks.LOKI_METHODS else self._restricted()
             trained[method] = {**new, "selection": chosen, "training": config.training.model_dump()}
             files = tuple(f"implant/{method}/{name}" for name in ("adapter", "history.parquet", "training.json"))
             yield Stage(f"implant-{method}", trained[method], files, partial(self._implant, method))
         read = {**known, **config.evaluation.model_dump(), "seed": config.seed}
-        read |= {"trained": trained, "text": self.general}
+        read |= {"trained": trained, "text": self.general, "max_facts": config.attribution.max_facts}
         if config.methods:
             yield Stage("drift", {"trained": trained, **attributed}, ("drift.parquet",), self._drift)
             yield Stage("forgetting", read, ("forgetting.parquet",), self._forget)
-        everything = {"config": config.model_dump(mode="json"), **both, **read, "version": _version()}
+        version = provenance()["packages"].get("knowledge-workbench")  # a new one makes new pages
+        everything = {"config": config.model_dump(mode="json"), **both, **read, "version": version}
         yield Stage("report", everything, ("report.html",), self._report)
 
     @cached_property
     def known(self) -> FactSet:
-        """The retained facts that the base model answers."""
+        """The retained facts that the base model answers, but for those whose prompt is taught."""
         frame = load_frame(self.folder.file("recall.parquet"))
-        ids = [str(i) for i in frame.index[frame["known"]]]
+        ids = [str(i) for i in frame.index[frame["known"]] if str(i) not in self.taught]
         if len(ids) < 4:
             raise ValueError(
-                f"{self.model.name} knows {len(ids)} of the {len(self.retained)} facts of {self.config.retained}; "
-                "at least 4 are needed, two to attribute and two to read: give other facts as retained."
+                f"{self.model.name} knows {len(ids)} of the {len(self.retained)} facts of {self.config.retained} that "
+                "are not taught; at least 4 are needed, two to attribute and two to read: give other facts as retained."
             )
         return self.retained.filter(ids=ids)
 
@@ -204,7 +207,7 @@ class _Way:
         """Raise if too few facts would be attributed, of these known ones and the new ones, for what harm is to say."""
         most = self.config.attribution.max_facts
         drawn = known.apart(len(known) if most is None else most, self.config.seed)[0]
-        check_harm(self.config, len({*drawn.ids, *self.new.ids}))
+        checks.check_harm(self.config, len({*drawn.ids, *self.new.ids}))
 
     def _interfere(self) -> None:
         self._check_harm(self.known)
@@ -251,17 +254,17 @@ class _Way:
 
     def _selection(self, method: str) -> dict[str, Any]:
         """Arguments of `select` for a LoKI method."""
-        return {**self.config.selection.model_dump(), "seed": self.config.seed, **LOKI_METHODS[method]}
+        return {**self.config.selection.model_dump(), "seed": self.config.seed, **checks.LOKI_METHODS[method]}
 
     def _chosen(self, method: str, both: dict[str, Any]) -> dict[str, Any]:
         """What a selection depends on: interference and new facts only where its strategy follows the advice."""
-        apart = set() if reads_advice(self.config, method) else {"interference", "implanted"}
+        apart = set() if checks.reads_advice(self.config, method) else {"interference", "implanted"}
         return {name: value for name, value in both.items() if name not in apart} | self._selection(method)
 
     def _select(self, method: str) -> None:
         scores = open_result(self.folder.file("attribution.zarr"))
         settings = self._selection(method)
-        if reads_advice(self.config, method):
+        if checks.reads_advice(self.config, method):
             read = {"interference": "interference.zarr", "new": "attribution_new.zarr"}
             settings |= {name: open_result(self.folder.file(file)) for name, file in read.items()}
             advice, width = load_frame(self.folder.file("advice.parquet")), scores.sizes["unit"]
@@ -284,7 +287,7 @@ class _Way:
 
     def _implant(self, method: str) -> None:
         options: dict[str, Any] = {"r": self.config.training.lora_rank} if METHODS[check_method(method)].ranked else {}
-        if method not in LOKI_METHODS:
+        if method not in checks.LOKI_METHODS:
             options |= self._restricted()
         else:
             options = {"selection": Selection.load(self.folder.file(f"selection/{method}.json"))}
@@ -332,8 +335,3 @@ class _Way:
         tokens = {facts.name: facts.tokenisation_report(model.tokenizer) for facts in (self.retained, self.implanted)}
         command = f"workbench run --config {shlex.quote(str(self.folder.file('config.json')))}"
         save_json({**provenance(), "model": about, "stages": stages, "tokens": tokens, "command": command}, path)
-
-
-def _version() -> str:
-    """The version of this package, so that a new one makes new pages."""
-    return str(provenance()["packages"].get("knowledge-workbench", "not installed"))

@@ -20,7 +20,7 @@ def measures(run: Artefacts) -> Section:
         told = "The facts are of one relation, or no two are, so that there is nothing to compare by measure."
         return Section("", "", "", absent=told)
     drawn = figures.figure_json(figures.interference_by_layer(table))
-    panel = Panel("measures", "Within less across relations, by measure", drawn, findings.about_measures(table))
+    panel = Panel("measures", "Within minus across relations, by measure", drawn, findings.about_measures(table))
     about = (
         "Every measure of interference in its own units: bars are 95% bootstrap intervals over facts, the band is what "
         "shuffled relations give, and filled orange layers differ at a false discovery rate of 5% over layers. In the "

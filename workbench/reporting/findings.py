@@ -10,9 +10,9 @@ from workbench.facts import NO_RELATION
 from workbench.figures import method_name
 from workbench.intervals import wilson
 from workbench.reporting.tables import kept, paired_difference
-from workbench.reporting.words import listed, number, percent, tenth
+from workbench.reporting.words import capital, listed, number, percent, tenth
 
-ENOUGH_PIECES = 10  # of text; intervals over fewer decide nothing
+ENOUGH_PIECES = ENOUGH_FACTS = 10  # intervals over fewer pieces of text, or facts, decide nothing
 RATE = 0.05  # false discoveries among the layers that are called
 UNEQUAL = 0.05  # efficacies that lie further apart than this are said to differ
 SUITE_WORDS = {
@@ -104,7 +104,8 @@ def about_relations(table: pd.DataFrame, pairs: int | None = None) -> list[str]:
     """
     rows = table.dropna(subset=["difference", "null_low", "null_high"])
     if rows.empty:
-        return ["There are too few facts per relation to compare overlaps within and across relations."]
+        alike = "All attributed facts are" if pairs else "No two attributed facts are"
+        return [f"{alike} of one relation, so that there is nothing to compare."]
     if "q_value" in rows and rows["q_value"].notna().all():
         called, up = rows["q_value"] <= RATE, rows["difference"] > 0
         above, below = int((called & up).sum()), int((called & ~up).sum())
@@ -137,7 +138,7 @@ def about_measures(table: pd.DataFrame) -> list[str]:
     sentences = []
     for metric, rows in table.dropna(subset=["difference", "q_value"]).groupby("metric", sort=False):
         called = rows[rows["q_value"] <= RATE]
-        text = f"{_capital(str(metric))} differs within and across relations in {len(called)} of {len(rows)} layers"
+        text = f"{capital(str(metric))} differs within and across relations in {len(called)} of {len(rows)} layers"
         if len(called):
             peak = called.loc[called["difference"].abs().idxmax()].to_dict()
             text += (
@@ -154,7 +155,7 @@ def about_selection(table: pd.DataFrame, kind: str) -> list[str]:
     sentences = []
     for method, rows in table[table["method"] != "all"].groupby("method", sort=False):
         chosen, carried = rows["selected"].sum(), (rows["load"] * rows["selected"]).sum()
-        text = f"{_capital(method_name(str(method)))}: {number(chosen)} of {number(units)} {kind}s are trained"
+        text = f"{capital(method_name(str(method)))}: {number(chosen)} of {number(units)} {kind}s are trained"
         share = chosen / units if units else 0.0
         text += f" ({percent(share)})"
         if total > 0:
@@ -167,7 +168,7 @@ def about_training(training: Mapping[str, Mapping[str, Any]], history: pd.DataFr
     """Say for each method whether it reached the efficacy asked for, how soon, and with how many parameters."""
     sentences = []
     for method, record in training.items():
-        name, efficacy, target = _capital(method_name(method)), record.get("efficacy"), record.get("target_efficacy")
+        name, efficacy, target = capital(method_name(method)), record.get("efficacy"), record.get("target_efficacy")
         spent = [f"{number(record['steps'])} steps"] if record.get("steps") is not None else []
         spent += [f"{number(record['seconds'])} s"] if record.get("seconds") is not None else []
         size = record.get("trainable_parameters")
@@ -189,8 +190,15 @@ def about_training(training: Mapping[str, Mapping[str, Any]], history: pd.DataFr
             )
     if not sentences:
         last = history.dropna(subset=["efficacy"]).groupby("method", sort=False)["efficacy"].last()
-        sentences = [f"{_capital(method_name(str(m)))} ended at an efficacy of {percent(e)}." for m, e in last.items()]
+        sentences = [f"{capital(method_name(str(m)))} ended at an efficacy of {percent(e)}." for m, e in last.items()]
     return sentences
+
+
+def fell_short(training: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Name all methods that did not reach what was asked of them, where they are several."""
+    short = [name for name, one in training.items() if not one.get("reached", True) and one.get("target_loss") != 0]
+    names = capital(listed([method_name(name) for name in short]))
+    return [f"{names} did not reach what was asked for: what they forget is not comparable."] if len(short) > 1 else []
 
 
 def about_geometry(table: pd.DataFrame, group: str) -> list[str]:
@@ -217,6 +225,7 @@ def about_distance(table: pd.DataFrame) -> list[str]:
         words = []
         for row in part.to_dict("records"):
             verdict = "further away" if row["low"] > 0 else "closer" if row["high"] < 0 else "no distinguishable change"
+            verdict = verdict if row["n"] >= ENOUGH_FACTS else "too few to judge by"
             moved = f"{number(row['before'])} to {number(row['after'])}"
             words.append(f"{moved} with {method_name(row['method'])} ({verdict}: {_ends(row, sign=True)})")
         sentences.append(f"Mean distance of the answers to the {group} facts: {listed(words)}.")
@@ -261,7 +270,11 @@ def versus(forgetting: pd.DataFrame, suite: str) -> list[str]:
         counts.add(int(found["n"]))
         points = {key: found[key] * 100 for key in ("difference", "low", "high")}
         size = f"{tenth(points['difference'])} points, {tenth(points['low'])} to {tenth(points['high'])}"
-        if found["low"] <= 0 <= found["high"]:
+        if found["n"] < ENOUGH_FACTS:
+            words.append(
+                f"lies {tenth(points['difference'])} points from {method_name(other)}, too few facts to judge by"
+            )
+        elif found["low"] <= 0 <= found["high"]:
             words.append(f"cannot be told apart from {method_name(other)} ({size})")
         else:
             word = "more" if found["difference"] > 0 else "fewer"
@@ -324,7 +337,3 @@ def _counts(shares: pd.DataFrame) -> str:
 
 def _ends(row: Mapping[str, Any], sign: bool = False) -> str:
     return f"{number(row['low'], sign)} to {number(row['high'], sign)}"
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]

@@ -138,7 +138,7 @@ def _training(run: Artefacts) -> Section:
     end = "until it answers the asked share of them (dotted line)" if targets else "until the end that was asked for"
     about = f"Every method is trained on the same new facts {end}."
     late = [line for line in text if "did not reach" in line]
-    return Section("", "", about, [panel], run.history, "implant/", headline=late[:2])
+    return Section("", "", about, [panel], run.history, "implant/", headline=findings.fell_short(run.training) or late)
 
 
 def _drift(run: Artefacts) -> Section:

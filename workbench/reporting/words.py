@@ -51,3 +51,8 @@ def listed(parts: Sequence[str]) -> str:
     'a, b and c'
     """
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
+def capital(text: str) -> str:
+    """A text with its first letter in upper case, as at the start of a sentence."""
+    return text[:1].upper() + text[1:]
