@@ -7,6 +7,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
+import xarray as xr
 from command import call
 from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM
@@ -221,9 +222,27 @@ def test_examples_positions_and_a_search(inputs, tmp_path) -> None:
     tuned = wb.load_model(str(out / "merged"))
     ids = tuned.tokenizer("the sky is", return_tensors="pt").input_ids
     assert tuned.tokenizer.decode(tuned.hf.generate(ids, max_new_tokens=4)[0]) == "the sky is red </s>"
+    card = (out / "README.md").read_text()
+    assert "- learning rates tried: 2, of which 1 reached the target" in card
     rows.write_text("[[0], [1], [2]]")  # the same name, other positions
     finetune(one, out, progress=False)
     assert load_json(out / "adapter/adapter_config.json")["positions"] == [[0], [1], [2]]
+
+
+def test_a_search_that_reaches_nothing_takes_what_learned_most(inputs, tmp_path, caplog) -> None:
+    """And not the smallest rate, with which nothing is learned."""
+    searched = TRAINING.model_copy(update={"learning_rate": None, "target_loss": None})
+    one = asked(inputs, "mine", rates=(1e-9, 1e-4), epochs=3, training=searched)
+    out = finetune(one, tmp_path / "tuned", progress=False).path
+    found = pd.read_parquet(out / "search.parquet")
+    assert not found["reached"].any()
+    assert found.loc[found["chosen"], "learning_rate"].tolist() == [1e-4]
+    assert found["loss"].idxmin() == 1
+    assert "No learning rate reached the target" in caplog.text
+    assert "- learning rates tried: 2, of which 0 reached the target" in (out / "README.md").read_text()
+    (out / "search.parquet").unlink()
+    finetune(one, out, progress=False)
+    assert (out / "search.parquet").is_file()
 
 
 def trained_layers(out) -> set[int]:
@@ -237,12 +256,12 @@ def test_every_method_is_restricted_to_layers_alike(inputs, tmp_path, monkeypatc
     rows = tmp_path / "rows.json"
     rows.write_text("[[0, 5], [], [3, 8]]")
     always = ["--model", inputs["model"], "--data", inputs["mine"], "--retained", inputs["known"], "--epochs", "1",
-              "--max-facts", "2", "--quota", "25", "--learning-rate", "0.02", "-q"]  # fmt: skip
+              "--max-facts", "2", "--learning-rate", "0.02", "-q"]  # fmt: skip
     ways = {
         "a": (["--method", "lora", "--selection", str(rows)], {0, 2}),  # where the selection has units
         "b": (["--method", "full_ffn", "--selection", str(rows), "--layers", "1", "2"], {2}),
         "c": (["--method", "ia3", "--layers", "1"], {1}),
-        "d": (["--layers", "0", "1"], {0, 1}),  # loki selects there only
+        "d": (["--layers", "0", "1", "--quota", "25"], {0, 1}),  # loki selects there only
         "e": (["--selection", str(rows), "--layers", "0"], {0}),
         "g": (["--method", "full", "--selection", str(rows)], {0, 2}),
         "h": (["--method", "ln_tuning", "--layers", "1"], {1}),
@@ -346,6 +365,12 @@ def test_a_saved_selection_says_what_its_units_are(inputs, tmp_path, monkeypatch
             "weight is a finite number from 0 on",
         ),
         (["--data", "fictional:3", "--filter", "band", "--filter-weight", "2"], "near_diverse, got 2.0 for band"),
+        (
+            ["--data", "fictional:3", "--method", "lora", "--quota", "3"],
+            "--quota says how loki chooses units; leave it out beside --method lora",
+        ),
+        (["--data", "fictional:3", "--selection", "x.json", "--score", "signed"], "leave it out beside --selection"),
+        (["--data", "fictional:3", "--filter", "band", "--keep", ""], "--keep takes a share"),
         (["--data", "fictional:3", "--method", "magic"], "'magic' is not known; choose one of loki, lora"),
         (["--data", "fictional:3", "--method", "loki_random"], "not 'loki_random': strategy and score say"),
         (["--data", "fictional:3", "--method", "ia3", "--rank", "4"], "takes no rank"),
@@ -425,9 +450,10 @@ def test_a_second_start_makes_anew_what_is_damaged(inputs, tmp_path, caplog) -> 
     one = asked(inputs, training=TRAINING.model_copy(update={"max_epochs": 2}))
     out = finetune(one, tmp_path / "tuned", progress=False).path
     names = ("adapter/adapter_model.safetensors", "merged/model.safetensors", "adapter/adapter_config.json",
-             "merged/config.json", "selection.json", "recall.parquet", "forgetting.parquet")  # fmt: skip
+             "merged/config.json", "merged/tokenizer.json", "selection.json", "recall.parquet",
+             "forgetting.parquet")  # fmt: skip
     before = {name: (out / name).read_bytes() for name in names}
-    for gone in names[:3]:
+    for gone in (*names[:3], "merged/tokenizer.json"):
         (out / gone).unlink()
         finetune(one, out, progress=False)
     for cut in names:
@@ -436,11 +462,13 @@ def test_a_second_start_makes_anew_what_is_damaged(inputs, tmp_path, caplog) -> 
         assert f"{out / cut} cannot be read, and is made anew" in caplog.text
     assert {name: (out / name).read_bytes() for name in names} == before
 
-    (out / "selection.json").unlink()
+    scores = open_result(out / "attribution.zarr").load()
     for chunk in (out / "attribution.zarr/score/c").rglob("*"):
         if chunk.is_file():
             chunk.write_bytes(b"abc")
     finetune(one, out, progress=False)
+    assert f"{out / 'attribution.zarr'} cannot be read, and is made anew" in caplog.text
+    xr.testing.assert_equal(open_result(out / "attribution.zarr").load(), scores)
     assert (out / "selection.json").read_bytes() == before["selection.json"]
     for file in ("zarr.json", "score/zarr.json"):
         (out / "selection.json").unlink()

@@ -2,6 +2,7 @@ import copy
 import json
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -108,6 +109,37 @@ def copied(monkeypatch):
 def test_conformance_with_a_copy_of_the_weight(family, variant, tmp_path, copied):
     test_conformance(family, variant, tmp_path)
     assert copied
+
+
+def test_an_input_that_a_hook_changed_in_place_is_the_one_that_the_gradient_reads(monkeypatch, copied):
+    """Autograd's factors of a gated FFN are those of the input before; the other path is the oracle."""
+
+    def gradients(copy: int) -> list[torch.Tensor]:
+        monkeypatch.setattr(folding, "COPY_IN_TOKENS", copy)
+        model = get_peft_model(tiny("llama"), LokiConfig(selection=ROWS))
+
+        def ablate(module, args):
+            with torch.no_grad():
+                args[0][..., :10] = 0
+
+        layers = [module for module in model.modules() if isinstance(module, LokiLayer)]
+        for layer in layers:
+            layer.register_forward_pre_hook(ablate)
+        model(input_ids=IDS).logits.pow(2).sum().backward()
+        return [layer.loki_delta["default"].grad for layer in layers]
+
+    by_copy, apart = gradients(0), gradients(10**9)
+    assert copied
+    for one, other in zip(by_copy, apart, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+        assert not one[:, :10].any()
+        assert one[:, 10:].any()
+
+
+def test_a_selection_may_be_an_array():
+    rows = np.array([[1, 2], [0, 3]])
+    for one in (rows, torch.from_numpy(rows)):
+        assert LokiConfig(selection=one).positions == [[1, 2], [0, 3]]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

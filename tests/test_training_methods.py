@@ -281,7 +281,11 @@ def test_the_rule_of_the_search() -> None:
     )
     assert choose(trials) == 0  # a tie goes to the smaller rate
     assert choose(trials.assign(forgetting=float("nan"))) == 1
-    assert choose(trials.assign(reached=False, efficacy=0.5)) == 2  # the fewest steps
+    alike = trials[:2].assign(forgetting=float("nan"), efficacy=0.97)
+    assert choose(alike) == 1  # the fewest steps
+    none = trials.assign(reached=False, efficacy=0.5, steps=9)
+    assert choose(none.assign(loss=[3.8, 3.1, 3.4])) == 1  # where none did, the lowest loss, not the smallest rate
+    assert choose(none.assign(loss=[3.8, 3.1, 3.4], efficacy=[0.5, 0.5, 0.6])) == 2
     assert choose(trials.assign(diverged=True)) is None
 
 

@@ -79,11 +79,6 @@ def finetune(asked: FineTune, out: str | Path, *, command: str = "", progress: b
     return folder
 
 
-def _model_in(folder: str) -> tuple[str, ...]:
-    """Weights, in one file or in several, and configuration of an adapter or a model."""
-    return f"{folder}/*.safetensors", f"{folder}/*config.json"
-
-
 class _Way:
     """The stages of one fine-tune, and what they share."""
 
@@ -129,13 +124,15 @@ class _Way:
         if self.loki and self.asked.selection is None:
             new = ("attribution_new.zarr",) if self._reads_new else ()
             selecting = [("selection", ("attribution.zarr", *new, "selection.json"), self._select)]
+        tables = ["search.parquet"] if self.asked.rates else []
+        tables += [] if self.asked.watch is None and self.asked.watch_drift is None else ["trajectory.parquet"]
         filtering = [("filter", ("filter.parquet",), self._filter)] if self.asked.filter != "all" else []
         return [
             *filtering,
             ("recall", ("recall.parquet",), self._recall),
             *selecting,
-            ("training", (*_model_in("adapter"), "training.json", "history.parquet"), self._train),
-            ("merged", _model_in("merged"), self._merge),
+            ("training", ("adapter/*", "training.json", "history.parquet", *tables), self._train),
+            ("merged", ("merged/*",), self._merge),
             ("forgetting", ("forgetting.parquet",), self._forget),
             ("card", ("README.md", "adapter/README.md", "merged/README.md"), self._describe),
         ]
@@ -308,6 +305,9 @@ class _Way:
         numbers = {"trained prompts answered before": f"{efficacy(self.model.hf, items):.0%}"}
         numbers |= figures_of(load_frame(self.folder.file("forgetting.parquet")))
         numbers = {"selection": self.asked.chosen(), **numbers} if self.loki else numbers
+        if self.asked.rates:
+            reached = int(load_frame(self.folder.file("search.parquet"))["reached"].sum())
+            numbers["learning rates tried"] = f"{len(self.asked.rates)}, of which {reached} reached the target"
         for place, merged in (("README.md", True), ("merged/README.md", True), ("adapter/README.md", False)):
             text = card(about, numbers=numbers, command=self.command, merged=merged)
             self.folder.file(place).write_text(text, encoding="utf-8")

@@ -3,7 +3,7 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
@@ -22,11 +22,16 @@ def implant_command(
         str, Parameter(help="default's name, folder of safetensors, .gguf file or hub id")
     ] = "smollm2-135m",
     method: Annotated[str, Parameter(help="loki, lora, rslora, dora, pissa, full, ...")] = "loki",
-    quota: Annotated[float, Parameter(help="loki: percent of the units of every layer that is trained")] = 10.0,
-    strategy: Annotated[str, Parameter(help=f"loki: how the units are selected: {STRATEGIES}")] = "layer_balanced",
+    quota: Annotated[
+        float | None, Parameter(help="loki: percent of the units of every layer that is trained (10 when not given)")
+    ] = None,
+    strategy: Annotated[
+        str | None, Parameter(help=f"loki: how the units are selected: {STRATEGIES} (layer_balanced when not given)")
+    ] = None,
     score: Annotated[
-        Literal["magnitude", "signed"], Parameter(help="loki: what the units are ranked by")
-    ] = "magnitude",
+        Literal["magnitude", "signed"] | None,
+        Parameter(help="loki: what the units are ranked by (magnitude when not given)"),
+    ] = None,
     selection: Annotated[
         Path | None,
         Parameter(help="a position file or selection.json: loki trains it without attribution, others its layers"),
@@ -64,7 +69,11 @@ def implant_command(
     ] = None,
     learning_rate: Annotated[float | None, Parameter(help="of AdamW; the method's own default when not given")] = None,
     rates: Annotated[
-        str | None, Parameter(help="learning rates to try, as 3e-4,1e-3: the one that forgets least is taken")
+        str | None,
+        Parameter(
+            help="learning rates to try, as 3e-4,1e-3: of those that reach the target the one that forgets least is "
+            "taken, and if none does the one that learns most"
+        ),
     ] = None,
     batch_size: Annotated[int, Parameter(help="examples per step", validator=Number(gte=1))] = 16,
     loss: Annotated[
@@ -126,6 +135,11 @@ def implant_command(
     """
     if rule == "all" and (keep is not None or filter_weight is not None):
         raise ValueError("--keep and --filter-weight say how a --filter keeps facts; name one, or leave them out.")
+    choice: dict[str, Any] = {"quota": quota, "strategy": strategy, "score": score}
+    choosing = {name: value for name, value in choice.items() if value is not None}
+    if choosing and (method != "loki" or selection is not None):
+        beside = f"--method {method}" if selection is None else "--selection"
+        raise ValueError(f"--{next(iter(choosing))} says how loki chooses units; leave it out beside {beside}.")
     changes = {
         "target_efficacy": target, "target_loss": target_loss, "learning_rate": learning_rate, "batch_size": batch_size,
         "seed": seed, "loss": loss, "beta": beta, "clip": clip, "refresh": refresh, "gamma": gamma,
@@ -135,11 +149,11 @@ def implant_command(
     from workbench.finetuning import FineTune, finetune
 
     asked = FineTune(
-        data=data, model=model, method=method, quota=quota, strategy=strategy, score=score, unit=unit, rank=rank,
+        data=data, model=model, method=method, unit=unit, rank=rank, **choosing,
         selection=None if selection is None else str(selection), layers=layers, rates=_rates(rates), retained=retained,
         max_facts=max_facts, max_retained=max_retained, general=general, format=format, chat=chat, device=device,
         dtype=dtype, epochs=epochs, training=training, watch=watch, watch_drift=watch_drift, filter=rule,
-        keep=share_or_number(keep or "0.7"), filter_weight=filter_weight,
+        keep=share_or_number("0.7" if keep is None else keep), filter_weight=filter_weight,
     )  # fmt: skip
     folder = finetune(asked, out, command=shlex.join(["workbench", *sys.argv[1:]]), progress=not quiet)
     from workbench.results import load_frame, load_json

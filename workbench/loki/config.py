@@ -186,6 +186,7 @@ def _read_json(path: str | Path) -> Any:
 
 def _checked_positions(positions: Any) -> list[list[int]]:
     """Return sorted plain lists; ValueError for anything but distinct non-negative integers."""
+    positions = positions.tolist() if hasattr(positions, "tolist") else positions  # an array, or a tensor
     if not isinstance(positions, Sequence) or isinstance(positions, str) or not positions:
         raise ValueError("A selection is a list with one list of unit indices per layer.")
     checked = []

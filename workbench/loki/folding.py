@@ -74,10 +74,11 @@ def changed(
 def is_kept_in_factors(x: Tensor) -> bool:
     """Say whether x is a product of two tensors that autograd keeps until after the backward pass of what x feeds.
 
-    Not where hooks pack what is kept (checkpointing, offloading): unpacking is theirs to time.
+    Not where hooks pack what is kept (checkpointing, offloading): unpacking is theirs to time. Nor where x was changed
+    in place after the product (ablations under `no_grad`, which leave its `grad_fn`).
     """
     hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    if hooks is None or hooks(True) is not None or type(x.grad_fn).__name__ != "MulBackward0":
+    if hooks is None or hooks(True) is not None or type(x.grad_fn).__name__ != "MulBackward0" or x._version:
         return False
     return x.grad_fn._saved_self is not None and x.grad_fn._saved_other is not None  # type: ignore[union-attr]
 

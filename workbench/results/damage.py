@@ -117,9 +117,9 @@ def check_readable(folder: Path, arrays: Mapping[str, Any], fact_ids: np.ndarray
 
 
 def unreadable(files: Iterable[Path]) -> Path | None:
-    """The first file of JSON, parquet or safetensors that cannot be read; of weights the header says how many follow.
+    """The first file of JSON, parquet or safetensors, or stored attribution, that cannot be read in full.
 
-    Folders and other files are passed over.
+    Of weights the header says how many follow. Other files are passed over.
     """
     for file in files:
         try:
@@ -128,9 +128,17 @@ def unreadable(files: Iterable[Path]) -> Path | None:
                     pass
             elif file.suffix in (".json", ".parquet"):
                 (load_json if file.suffix == ".json" else load_frame)(file)
+            elif file.suffix == ".zarr" and not _is_intact(file):
+                return file
         except (OSError, ValueError, SafetensorError):
             return file
     return None
+
+
+def _is_intact(folder: Path) -> bool:
+    """Whether all numbers and labels of a stored attribution can be read."""
+    whole, broken = intact(folder, stored_arrays(folder, "r"), unknown=True)
+    return bool(whole.all()) and not broken and not lost_labels(folder)
 
 
 def only_scores(attrs: Mapping[str, Any]) -> bool:

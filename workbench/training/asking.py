@@ -101,7 +101,8 @@ class FineTune:
         if self.selection is not None:
             return f"given, {Path(self.selection).name}"
         by = "" if "random" in self.strategy else f" by {self.score}"
-        return f"{self.strategy}{by}, {self.quota:g}% of the {self.unit or 'node'}s"
+        within = "" if self.layers is None else f" of layers {', '.join(map(str, sorted(set(self.layers))))}"
+        return f"{self.strategy}{by}, {self.quota:g}% of the {self.unit or 'node'}s{within}"
 
     def settings(self) -> dict[str, Any]:
         """Every setting as plain values."""

@@ -1,5 +1,6 @@
 """A learning rate for every method, with the same budget for each."""
 
+import logging
 import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,6 +13,8 @@ from workbench.facts import ExampleSet, FactSet
 from workbench.models import HookedModel, load_model
 from workbench.training.methods import Adapter
 from workbench.training.run import DivergedError, TrainingRun, implant
+
+log = logging.getLogger(__name__)
 
 COLUMNS = ("trial", "learning_rate", "reached", "efficacy", "steps", "epochs", "seconds", "loss", "forgetting",
            "trainable_parameters", "diverged", "chosen")  # fmt: skip
@@ -35,9 +38,10 @@ def search_learning_rate(
 ) -> pd.DataFrame:
     """Train once with every learning rate, and choose one; the same rates, epochs and seed are an equal budget.
 
-    The rule: among the rates that reach the target efficacy the one that forgets least; without `forgetting`, or where
-    no rate reaches the target, the one with the highest efficacy, then the fewest steps; ties go to the smaller rate.
-    A rate with which the loss becomes infinite is a trial like any other, and is never chosen.
+    The rule: among the rates that reach the target efficacy the one that forgets least; without `forgetting` the one
+    with the highest efficacy, then the fewest steps. Where no rate reaches the target, which is warned of, the one with
+    the highest efficacy, then the lowest loss. Ties go to the smaller rate. A rate with which the loss becomes infinite
+    is a trial like any other, and is never chosen.
 
     Args:
         model: a name or folder, or a `HookedModel`.
@@ -51,7 +55,8 @@ def search_learning_rate(
 
     Returns:
         One row a trial, in the order given: trial, learning_rate, reached, efficacy, steps, epochs, seconds, loss
-        (nats, of the last step), forgetting, trainable_parameters, diverged, chosen. No row is chosen if all diverged.
+        (nats, mean of the last epoch), forgetting, trainable_parameters, diverged, chosen. No row is chosen if all
+        diverged.
     """
     check_rates(rates)
     hooked = model if isinstance(model, HookedModel) else load_model(model)
@@ -69,11 +74,18 @@ def search_learning_rate(
         rows.append(
             {name: run.summary[name] for name in ("efficacy", "steps", "epochs", "seconds", "trainable_parameters")}
             | {"trial": trial, "learning_rate": float(rate), "reached": run.reached, "diverged": False}
-            | {"loss": float(run.history["loss"].iloc[-1]), "forgetting": lost}
+            | {"loss": _last_loss(run.history), "forgetting": lost}
         )
     frame = pd.DataFrame(rows).reindex(columns=list(COLUMNS))
     best = choose(frame)
+    if best is not None and not frame["reached"].any():
+        log.warning("No learning rate reached the target; the one with the highest efficacy and lowest loss is taken.")
     return frame.assign(chosen=[trial == best for trial in frame["trial"]])
+
+
+def _last_loss(history: pd.DataFrame) -> float:
+    """The mean loss of the last epoch."""
+    return float(history.loc[history["epoch"] == history["epoch"].max(), "loss"].mean())
 
 
 def choose(trials: pd.DataFrame) -> int | None:
@@ -88,6 +100,9 @@ def choose(trials: pd.DataFrame) -> int | None:
     reached = left[left["reached"].astype(bool)]
     if reached["forgetting"].notna().any():
         ranked = reached.sort_values(["forgetting", "learning_rate"], kind="stable")
+    elif reached.empty and "loss" in left:
+        order = ["efficacy", "loss", "learning_rate"]
+        ranked = left.sort_values(order, ascending=[False, True, True], kind="stable")
     else:
         ranked = left.sort_values(["efficacy", "steps", "learning_rate"], ascending=[False, True, True], kind="stable")
     return int(ranked["trial"].iloc[0]) if len(ranked) else None
