@@ -288,7 +288,7 @@ def test_the_command_keeps_what_the_function_keeps(rule: str, weight, tmp_path, 
     chosen = RULES[rule]
     monkeypatch.setitem(RULES, rule, lambda pool: rules.append(pool.weight) or chosen(pool))
     cli.main()
-    assert rules == [weight or WEIGHTS.get(rule, 0.0)]  # once: near_diverse is slow
+    assert rules == [weight or WEIGHTS.get(rule, 1.0)]  # once: near_diverse is slow
     model = tiny("llama")
     distance, read = semantic_distance(model, FACTS), recall(model, FACTS)
     expected = filter_facts(

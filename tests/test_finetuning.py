@@ -316,7 +316,7 @@ def test_only_what_a_filter_keeps_is_taught(rule, weight, inputs, tmp_path, monk
     assert taught[0].ids == expected.ids
     assert taught[0].name == expected.name
     assert len(expected) == 4 < len(facts)
-    assert load_json(tmp_path / "out" / "settings.json")["filter_weight"] == (weight or WEIGHTS.get(rule))
+    assert load_json(tmp_path / "out" / "settings.json")["filter_weight"] == (weight or WEIGHTS.get(rule, 1.0))
     told = load_frame(tmp_path / "out" / "filter.parquet")
     by_hand = filtered(distance, rule=rule, keep=4, facts=facts, weight=weight, **options)
     pd.testing.assert_frame_equal(told, by_hand, check_dtype=False)

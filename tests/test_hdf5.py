@@ -289,10 +289,10 @@ def test_interrupts_while_hdf5_writes_leave_the_earlier_file(tmp_path: Path, mon
         with pytest.raises(KeyboardInterrupt):
             export_hdf5(attribution(), path)
     finally:
+        end = time.monotonic() + 10
+        while not done and time.monotonic() < end:  # both interrupts have come by then
+            time.sleep(0.05)
         signal.signal(signal.SIGINT, earlier)
-    end = time.monotonic() + 10
-    while not done and time.monotonic() < end:
-        time.sleep(0.05)
     assert len(raised) == 2
     assert [closed for closed, _ in done] == [False]  # and nothing reaches the disk after the interrupt
     assert path.read_bytes() == before

@@ -328,7 +328,7 @@ def test_relations_beyond_and_within_the_null_band():
     recall = pd.DataFrame({"known": [True, True, False]}, index=["a", "b", "c"])
     assert findings.about_attributed(["b", "c"], recall) == ["1 of 2 known facts were attributed."]
     (few,) = findings.about_relations(table.assign(difference=np.nan))
-    assert few == "No two attributed facts are of one relation, so that there is nothing to compare."
+    assert few == "No two attributed facts, or all, are of one relation, so that there is nothing to compare."
 
 
 def test_measures_are_told_by_their_corrected_layers():

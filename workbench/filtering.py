@@ -224,13 +224,13 @@ def check_options(rule: str, keep: Keep, weight: float | int | None = None, low:
         raise ValueError(f"keep is a share, or a number of facts from 1 on, not {keep}.")
 
 
-def weight_of(rule: str, given: float | None = None) -> float | None:
-    """The weight that a rule has: as given, or its own; None for a rule that reads none.
+def weight_of(rule: str, given: float | None = None) -> float:
+    """The weight that a rule has: as given, or its own; 1 for a rule that reads none.
 
     >>> weight_of("spread"), weight_of("near_diverse"), weight_of("spread", 2.5), weight_of("all")
-    (4.0, 1.0, 2.5, None)
+    (4.0, 1.0, 2.5, 1.0)
     """
-    return WEIGHTS.get(rule) if given is None else given
+    return WEIGHTS.get(rule, 1.0) if given is None else given
 
 
 def target_embeddings(model: Any, facts: FactSet) -> Float[np.ndarray, "fact d_model"]:
@@ -245,7 +245,7 @@ def _judged(
 ) -> tuple[FactSet, pd.DataFrame]:
     """The facts, and the frame of `filtered`."""
     check_options(rule, keep, options["weight"], options["low"])
-    options["weight"] = weight_of(rule, options["weight"]) or 0.0
+    options["weight"] = weight_of(rule, options["weight"])
     known = _facts_of(distance, facts)
     values = _distances(distance, known, metric)
     order = np.argsort(values, kind="stable")  # what has no distance comes last

@@ -12,7 +12,7 @@ import xarray as xr
 
 from workbench.attribution import attribute
 from workbench.facts import ExampleSet, FactSet, general_text
-from workbench.filtering import filtered, kept_of
+from workbench.filtering import WEIGHTS, filtered, kept_of
 from workbench.forgetting import measure_forgetting
 from workbench.interfere import interference
 from workbench.loki import adapter_for, check_method, parameter_count
@@ -98,6 +98,9 @@ class _Way:
         if template:
             self.data = data.as_chat(template) if isinstance(data, FactSet) else data.as_chat()
         self.retained = retained.as_chat(template) if template else retained
+        if isinstance(data, FactSet) and (both := retained.sharing_prompts(data)):
+            told = "%d facts of %s have a prompt that is taught, and count as forgotten where the answer is another one"
+            log.warning(told, len(both), asked.retained)
         few = EXAMPLE_EPOCHS if isinstance(data, ExampleSet) else asked.training.max_epochs
         self.training = asked.training.model_copy(update={"max_epochs": asked.epochs or few})
         tokenise(self.model, self.data, self.training.paraphrases)  # raises for what the model cannot be taught
@@ -192,7 +195,8 @@ class _Way:
         asked, facts = self.asked, self.data
         assert isinstance(facts, FactSet)
         distance, needed = filter_inputs(self.model, facts, asked.filter, progress=self.progress)
-        how: dict[str, Any] = {"keep": asked.keep, "weight": asked.filter_weight, "seed": self.training.seed}
+        weight = asked.filter_weight if asked.filter in WEIGHTS else None
+        how: dict[str, Any] = {"keep": asked.keep, "weight": weight, "seed": self.training.seed}
         table = filtered(distance, rule=asked.filter, **needed, **how)
         save_frame(table, self.folder.file("filter.parquet"))
 
@@ -307,7 +311,8 @@ class _Way:
         numbers = {"selection": self.asked.chosen(), **numbers} if self.loki else numbers
         if self.asked.rates:
             reached = int(load_frame(self.folder.file("search.parquet"))["reached"].sum())
-            numbers["learning rates tried"] = f"{len(self.asked.rates)}, of which {reached} reached the target"
+            told = "" if self.training.target_loss == 0 else f", of which {reached} reached the target"
+            numbers["learning rates tried"] = f"{len(self.asked.rates)}{told}"
         for place, merged in (("README.md", True), ("merged/README.md", True), ("adapter/README.md", False)):
             text = card(about, numbers=numbers, command=self.command, merged=merged)
             self.folder.file(place).write_text(text, encoding="utf-8")

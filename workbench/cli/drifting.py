@@ -81,9 +81,9 @@ def drift_command(
         print(f"Metrics per layer leave out {dropped} of {len(chosen)} facts: the model does not confirm their anchor.")
     if frame["change"].isna().all():
         print("No fact has a drift: choose another --anchor, or d_emb or d_soft as --metrics, which need none.")
-        return
-    summary = tables.drift_summary(frame.assign(method="after", group="facts"))
-    show(summary.drop(columns=["method", "group"]))
+    else:
+        summary = tables.drift_summary(frame.assign(method="after", group="facts"))
+        show(summary.drop(columns=["method", "group"]))
     floored = [metric for metric in DISTANCES if metric in wanted]
     if floor and floored and any(fact.paraphrases for fact in chosen):
         print("\nPushed away: facts whose distance grew by more than the 95th percentile of what other words do")

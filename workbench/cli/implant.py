@@ -137,7 +137,7 @@ def implant_command(
         raise ValueError("--keep and --filter-weight say how a --filter keeps facts; name one, or leave them out.")
     choice: dict[str, Any] = {"quota": quota, "strategy": strategy, "score": score}
     choosing = {name: value for name, value in choice.items() if value is not None}
-    if choosing and (method != "loki" or selection is not None):
+    if choosing and (not method.startswith("loki") or selection is not None):
         beside = f"--method {method}" if selection is None else "--selection"
         raise ValueError(f"--{next(iter(choosing))} says how loki chooses units; leave it out beside {beside}.")
     changes = {

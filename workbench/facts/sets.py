@@ -84,6 +84,11 @@ class FactSet:
         """For every id what tells its prompt and answer from others (`Fact.digest`)."""
         return {fact.id: fact.digest for fact in self.facts}
 
+    def sharing_prompts(self, others: FactSet) -> list[str]:
+        """The ids of facts of which a prompt or a paraphrase is one of those of `others`."""
+        prompts = {prompt for fact in others for prompt in (fact.prompt, *fact.paraphrases)}
+        return [fact.id for fact in self.facts if prompts & {fact.prompt, *fact.paraphrases}]
+
     @property
     def ids(self) -> tuple[str, ...]:
         """The ids, in order."""

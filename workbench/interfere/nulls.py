@@ -82,7 +82,7 @@ def chance_level(largest: list[float]) -> float:
 
 
 def level_of_all(largest: Float[np.ndarray, "draw layer"]) -> Float[np.ndarray, " layer"]:
-    """What the largest pair of each layer has to exceed, so that any layer does by chance in 5% of results at most.
+    """What each layer (its largest pair) has to exceed, so that any layer does by chance in 5% of results at most.
 
     The correction over layers. Every draw is set against the others in standard deviations of its layer, in which the
     mean variance of all layers counts as much as `DRAWS` draws of the layer itself, which steadies few; a layer's level
@@ -196,7 +196,7 @@ def against_meaning(
 
     The null shuffles the facts of `meaning`; the p-value is two-sided. `meaning_low` and `meaning_high` are a 95%
     percentile interval over resampled facts, without the pairs of a fact with its own copy; every pair keeps its rank.
-    NaN where all values, or all meanings, are the same.
+    NaN where all values, or all meanings, are the same; of fewer than four facts there is no interval.
     """
     first, second = np.triu_indices(len(meaning), 1)
     names = ("meaning_rho", "meaning_low", "meaning_high", "meaning_p")
@@ -213,12 +213,13 @@ def against_meaning(
     found["meaning_rho"] = np.where(spread, rho, np.nan)
     found["meaning_p"] = np.where(spread, _two_sided(null, rho, np.ones(len(values))), np.nan)
     drawn, apart = bootstrap(np.eye(len(meaning)), draws=draws, seed=seed), 1.0 - np.eye(len(meaning))
-    for layer in np.flatnonzero(spread):
+    total, near_sum, near_squares = _over_pairs(drawn, np.stack([apart, square, square**2]))
+    for layer in np.flatnonzero(spread) if len(meaning) > 3 else ():
         own = np.zeros(meaning.shape)
         own[first, second] = own[second, first] = ranks[layer]
-        total, *sums = _over_pairs(drawn, np.stack([apart, own, square, own**2, square**2, own * square]))
+        sums = (near_sum, near_squares, *_over_pairs(drawn, np.stack([own, own**2, own * square])))
         with np.errstate(invalid="ignore", divide="ignore"):
-            mean, near_mean, power, near_power, both = (part / total for part in sums)
+            near_mean, near_power, mean, power, both = (part / total for part in sums)
             spreads = (power - mean**2) * (near_power - near_mean**2)
             again = (both - mean * near_mean) / np.sqrt(spreads)
         usable = (total > 0) & (spreads > ROUNDING * (power * near_power))

@@ -1,6 +1,5 @@
 """What can be known to be wrong with the settings of a run, as early as it can be known."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,6 @@ from workbench.learning import FEWEST
 from workbench.loki import BASELINES
 from workbench.models import HookedModel
 from workbench.selection import COLLISIONS, READ_INTERFERENCE, check_choice
-
-log = logging.getLogger(__name__)
 
 #: What each LoKI method changes in the selection of the configuration.
 LOKI_METHODS: dict[str, dict[str, Any]] = {
@@ -64,16 +61,6 @@ def check_selection(config: Config, model: HookedModel, unit: str) -> None:
     beyond = [layer for layer in chosen.layers or () if not 0 <= layer < model.n_layers]
     if beyond:
         raise ValueError(f"selection.layers has {beyond[0]}, but the model has layers 0 to {model.n_layers - 1}.")
-
-
-def taught_of(retained: FactSet, implanted: FactSet) -> list[str]:
-    """The ids of retained facts whose prompt, or a wording of it, is among those that are taught."""
-    prompts = {prompt for fact in implanted for prompt in (fact.prompt, *fact.paraphrases)}
-    found = [fact.id for fact in retained if prompts & {fact.prompt, *fact.paraphrases}]
-    if found:
-        told = "%d facts of %s have a prompt that is taught, and do not count among what the model knew before"
-        log.warning(told, len(found), retained.name)
-    return found
 
 
 def check_ids(config: Config, retained: FactSet, implanted: FactSet) -> None:

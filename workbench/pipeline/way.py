@@ -94,7 +94,11 @@ class _Way:
         self.definition = filled_in(config.attribution.model_dump(exclude={"max_facts"})) | {"seed": config.seed}
         self.retained = load_facts(config.retained)
         self.implanted = load_facts(config.implanted)
-        self.taught = checks.taught_of(self.retained, self.implanted)
+        self.taught = self.retained.sharing_prompts(self.implanted)
+        if self.taught:
+            log.warning(
+                "%d facts of %s have a prompt that is taught: they are left out", len(self.taught), config.retained
+            )
         checks.check_ids(config, self.retained, self.implanted)
         self._check_harm(self.retained)
         self.model: HookedModel = load_model(config.model, device=config.device, dtype=config.dtype)
@@ -109,8 +113,9 @@ class _Way:
         """All stages in order; a key is made when its turn comes, from what lies in the folder by then."""
         config = self.config
         base = {"model": self.model.digest, "dtype": str(self.model.dtype)}
-        known = {**base, "retained": self.retained.digest} | ({"taught": self.taught} if self.taught else {})
+        known = {**base, "retained": self.retained.digest}
         yield Stage("recall", known, ("recall.parquet",), self._recall)
+        known |= {"taught": " ".join(self.taught)} if self.taught else {}
         new = {**base, "implanted": self.implanted.digest}
         yield Stage("recall_new", new, ("recall_new.parquet",), self._recall_new)
         attributed = {**known, **self.definition, "max_facts": config.attribution.max_facts}

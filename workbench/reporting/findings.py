@@ -104,7 +104,7 @@ def about_relations(table: pd.DataFrame, pairs: int | None = None) -> list[str]:
     """
     rows = table.dropna(subset=["difference", "null_low", "null_high"])
     if rows.empty:
-        alike = "All attributed facts are" if pairs else "No two attributed facts are"
+        alike = "All attributed facts are" if pairs else "No two attributed facts, or all, are"
         return [f"{alike} of one relation, so that there is nothing to compare."]
     if "q_value" in rows and rows["q_value"].notna().all():
         called, up = rows["q_value"] <= RATE, rows["difference"] > 0

@@ -116,10 +116,11 @@ class UnfailingFile(io.FileIO):
     def truncate(self, size: int | None = None) -> int:
         """Set the length of the file on the disk, where the disk takes it."""
         try:
-            return super().truncate(size)
+            if self.error is None:
+                return super().truncate(size)
         except OSError as error:
-            self.error = self.error or error
-            return self.tell() if size is None else size
+            self.error = error
+        return self.tell() if size is None else size
 
 
 def save_json(obj: Any, path: str | Path) -> Path:

@@ -55,7 +55,8 @@ def import_hdf5(
     Args:
         path: the HDF5 file.
         out: zarr folder to stream to; None keeps the result in memory.
-        ids: name of every sample, in order; None takes those of the file, or `sample/0`, `sample/1`, ...
+        ids: name of every sample, in order; None takes those of the file, or `sample/0`, `sample/1`, ... A file that
+            says of which facts it is takes no other names, relations or digest.
         relations: relation of every sample; None takes those of the file, or the empty text.
         fact_digest: digest of the fact set that was asked, where it is known.
         unit: what the last axis counts, where the file does not say it.
@@ -118,18 +119,19 @@ def export_hdf5(attribution: xr.Dataset, path: str | Path, *, dtype: Literal["fl
     def write(partial: Path) -> None:
         # HDF5 calls Python to write, where an interrupt would end the process. In a thread of its own there is none,
         # and only that thread closes the file, whatever becomes of the waiting here.
-        raw, thread = UnfailingFile(partial), ThreadPoolExecutor(1)
-        filled = thread.submit(fill, raw)
-        thread.shutdown(wait=False)
+        raw, thread, filled = UnfailingFile(partial), ThreadPoolExecutor(1), []
         try:
-            wait([filled])
+            filled.append(thread.submit(fill, raw))
+            wait(filled)
         except BaseException as error:
             raw.error = raw.error or error
-            wait([filled])
+            wait(filled)
             raise
+        finally:
+            thread.shutdown(wait=False)
         if raw.error is not None:
             raise raw.error
-        filled.result()
+        filled[0].result()
 
     with one_sentence_disk_errors(target):
         return write_atomically(target, write)
@@ -231,16 +233,18 @@ def _labels(file: Any, name: str, given: Sequence[str] | None, otherwise: Sequen
     wanted = None if given is None else [str(text) for text in given]
     if stored is None or getattr(stored, "shape", None) != (n_facts,):
         return list(otherwise) if wanted is None else wanted
+    if wanted is not None and not known:
+        return wanted
     try:
         own = [text.decode("utf-8") if isinstance(text, bytes) else str(text) for text in stored[:]]
     except UnicodeDecodeError:
         raise ValueError(f"The file's `{name}` is not text in UTF-8.") from None
-    if known and wanted is not None and wanted != own:
+    if wanted is not None and wanted != own:
         at = next(i for i in range(n_facts) if wanted[i] != own[i])
         raise ValueError(
             f"Sample {at} has the {name} {own[at]!r} in the file, and {wanted[at]!r} was given: leave the facts out."
         )
-    return own if wanted is None else wanted
+    return own
 
 
 def _texts(file: Any, scores: Any) -> list[Any] | None:

@@ -163,8 +163,8 @@ def check_finetune(asked: FineTune, out: Path) -> tuple[FineTune, FactSet | Exam
         raise ValueError(f"{asked.strategy} reads how facts collide, in pairs: give max_facts of 2 or more.")
     if asked.selection is not None and not Path(asked.selection).is_file():
         raise FileNotFoundError(f"There is no file {asked.selection} (selection).")
-    asked = asked.settled()
     check_options(asked.filter, asked.keep, asked.filter_weight)
+    asked = asked.settled()
     if asked.watch is not None and not 0 <= asked.watch <= 1:
         raise ValueError(f"watch is a share of the known facts, 0 to 1, not {asked.watch}.")
     if asked.watch_drift is not None and not 0 <= asked.watch_drift < inf:

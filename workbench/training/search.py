@@ -78,14 +78,18 @@ def search_learning_rate(
         )
     frame = pd.DataFrame(rows).reindex(columns=list(COLUMNS))
     best = choose(frame)
-    if best is not None and not frame["reached"].any():
+    if best is not None and not frame["reached"].any() and settings.target_loss != 0:  # 0: there is no target
         log.warning("No learning rate reached the target; the one with the highest efficacy and lowest loss is taken.")
     return frame.assign(chosen=[trial == best for trial in frame["trial"]])
 
 
 def _last_loss(history: pd.DataFrame) -> float:
-    """The mean loss of the last epoch."""
-    return float(history.loc[history["epoch"] == history["epoch"].max(), "loss"].mean())
+    """The mean loss of the steps of the last epoch.
+
+    >>> _last_loss(pd.DataFrame({"epoch": [0.5, 1.0, 1.5, 2.0], "loss": [4.0, 3.0, 2.0, 1.0]}))
+    1.5
+    """
+    return float(history.loc[history["epoch"] > history["epoch"].max() - 1, "loss"].mean())
 
 
 def choose(trials: pd.DataFrame) -> int | None:
