@@ -265,7 +265,7 @@ def test_what_is_taught_is_not_read_as_known_before(inputs: dict[str, str], tmp_
     place = str(FactSet.from_records(records).save(tmp_path / "edits.jsonl"))
     changes = {"implanted": place, "methods": ["lora"], "training.max_epochs": 1}
     folder = wb.run(config(inputs, tmp_path / "run", **changes), progress=False).path
-    assert "have a prompt that is taught: they are left out" in caplog.text
+    assert "have a taught prompt: they are left out" in caplog.text
     frame = load_frame(folder / "forgetting.parquet")
     read = set(frame.loc[frame["suite"] == "retained", "fact"])
     attributed = set(open_result(folder / "attribution.zarr")["fact"].values.tolist())

@@ -96,9 +96,7 @@ class _Way:
         self.implanted = load_facts(config.implanted)
         self.taught = self.retained.sharing_prompts(self.implanted)
         if self.taught:
-            log.warning(
-                "%d facts of %s have a prompt that is taught: they are left out", len(self.taught), config.retained
-            )
+            log.warning("%d facts of %s have a taught prompt: they are left out", len(self.taught), config.retained)
         checks.check_ids(config, self.retained, self.implanted)
         self._check_harm(self.retained)
         self.model: HookedModel = load_model(config.model, device=config.device, dtype=config.dtype)
