@@ -2,6 +2,7 @@
 
 import html
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -206,6 +207,14 @@ def test_a_page_on_interference_alone(finished: Path, inputs, tmp_path, monkeypa
     wb.run(config(inputs, folder, **asked), progress=False)
 
 
+def test_a_damaged_record_is_known_before_any_work(finished: Path, inputs, tmp_path, monkeypatch) -> None:
+    folder = shutil.copytree(finished, tmp_path / "run")
+    (folder / "provenance.json").write_text("{")
+    monkeypatch.setattr(pipeline, "load_model", lambda *args, **options: pytest.fail("work began"))
+    with pytest.raises(ValueError, match=r"provenance\.json"):
+        wb.run(config(inputs, folder), progress=False)
+
+
 def test_a_second_start_does_nothing(finished: Path, inputs: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.parquet")}
     for name in WORK:
@@ -281,6 +290,7 @@ def test_what_is_taught_is_not_read_as_known_before(inputs: dict[str, str], tmp_
     ("changes", "message"),
     [
         ({"methods": ["magic"]}, "methods knows loki"),
+        ({"methods": "loki"}, "'methods' does not fit: Input should be a list, got 'loki'"),
         ({"methods": ["lora", "lora"]}, "list of different names"),
         ({"interference.metrics": ["magic"]}, "There is no measure 'magic'"),
         ({"interference.top": 0}, "'interference.top' does not fit"),

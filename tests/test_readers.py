@@ -362,6 +362,13 @@ def test_pararel_keeps_patterns_that_end_in_the_answer(tmp_path: Path, caplog: p
         assert load_facts(folder / half / "P176.jsonl").facts == facts.facts
 
 
+def test_pararel_patterns_without_triples_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_pararel(tmp_path)
+    (tmp_path / "patterns" / "P17.jsonl").write_text("{}", encoding="utf-8")
+    assert len(load_facts(tmp_path))
+    assert "no triples beside 1 files of patterns, as P17.jsonl: left out" in caplog.text
+
+
 def test_pararel_errors(tmp_path: Path) -> None:
     folder = write_pararel(tmp_path / "pararel", patterns=["[Y] makes [X]."])
     with pytest.raises(ValueError, match="no fact is left"):

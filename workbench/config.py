@@ -164,7 +164,7 @@ def one_sentence(error: ValidationError, path: str | Path | None = None) -> str:
         for part in first["loc"][:-1]:
             place = place.model_fields[str(part)].annotation
         return f"There is no setting {name!r}{where}; known here: {', '.join(place.model_fields)}."
-    message = first["msg"].removeprefix("Value error, ")
+    message = first["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
     return f"The setting {name!r}{where} does not fit: {message}, got {first['input']!r}."
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +14,8 @@ from workbench.facts import foreign, shipped
 from workbench.facts.records import FIELDS, FLAGS, REQUIRED, Placed, need, refuse_unknown, to_facts
 from workbench.facts.sets import FactSet
 from workbench.facts.sources import KINDS, Kind, Source, open_source
+
+log = logging.getLogger(__name__)
 
 SHIPPED = ("world", "fictional")
 
@@ -130,6 +133,10 @@ def _source(path: Path, format: str) -> Source:
 def _folder_sources(folder: Path, format: str) -> list[Source]:
     pair = foreign.pararel_folders(folder) if format in ("auto", "pararel") else None
     root = pair[1] if pair else folder
+    if pair:
+        triples = {path.name for path in pair[1].iterdir()}
+        if alone := sorted(path.name for path in pair[0].glob("*.jsonl") if path.name not in triples):
+            log.warning("%s: no triples beside %d files of patterns, as %s: left out", folder, len(alone), alone[0])
     found = sorted(path for path in root.rglob("*") if path.suffix.lower() in KINDS and path.name[0] != ".")
     if not found:
         raise ValueError(f"{root}: no file in this folder ends in {', '.join(KINDS)}")

@@ -10,6 +10,7 @@ from workbench.interfere import checked_metrics
 from workbench.learning import FEWEST
 from workbench.loki import BASELINES
 from workbench.models import HookedModel
+from workbench.results import load_json
 from workbench.selection import COLLISIONS, READ_INTERFERENCE, check_choice
 
 #: What each LoKI method changes in the selection of the configuration.
@@ -32,6 +33,8 @@ def check(config: Config) -> None:
     out = Path(config.out)
     if out.exists() and not (out.is_dir() and ((out / "stages").is_dir() or not any(out.iterdir()))):
         raise ValueError(f"{out} holds something that is not a run; give another folder as out.")
+    if (out / "provenance.json").is_file():
+        load_json(out / "provenance.json")  # which every stage adds to
     filled_in(config.attribution.model_dump(exclude={"max_facts"}))
     i = config.interference
     checked_metrics(i.metrics, i.top, draws=i.draws)
