@@ -150,7 +150,7 @@ def check(losses: dict[str, list[float]]) -> None:
     if not all(found[-1] < found[0] for found in losses.values() if len(found) > 1):
         raise RuntimeError(f"A loss did not fall: {losses}; the times mean nothing.")
     apart = max(abs(one - other) for one, other in zip(losses["loki"], losses["split"], strict=True))
-    if not apart < 1e-2 or abs(losses["loki"][0] - losses["lora"][0]) > 1e-3:
+    if not apart < 1e-3 or abs(losses["loki"][0] - losses["lora"][0]) > 1e-3:
         raise RuntimeError(f"The losses of the two forms of LoKI lie {apart:.1e} apart; the times mean nothing.")
 
 

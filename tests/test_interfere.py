@@ -171,6 +171,7 @@ def test_every_measure_says_what_its_units_are_matched_on() -> None:
         "jaccard": "|activation| at the last prompt token",
         "superposition": "|whitened key|",
         "gradient": "|activation| at every token",
+        "linear_suppression": "|activation| at the last prompt token",
         "suppression": "|activation| at the last prompt token",
     }
 

@@ -26,8 +26,10 @@ from workbench.interfere import (
     top_sets,
     within_across,
 )
+from workbench.interfere.gradients import inner_products
 from workbench.interfere.moments import Moment
-from workbench.interfere.nulls import mean_interval
+from workbench.interfere.nulls import groups, mean_interval, orders, share_by_chance
+from workbench.intervals import benjamini_hochberg
 from workbench.metrics import logprob
 from workbench.models import HookedModel, pad_batch
 
@@ -38,6 +40,8 @@ ASKED = FactSet.from_records(RECORDS, name="asked")
 ORDER = [4 + (7 * i + i * i // 5) % (len(WORDS) - 4) for i in range(59)]
 TEXT = [" ".join(WORDS[at] for at in ORDER[:50]), " ".join(WORDS[at] for at in ORDER[9:])]
 ALL = tuple(METRICS)
+#: The measures whose pairs are judged whatever is asked.
+JUDGED = tuple(name for name in METRICS if name != "suppression")
 
 
 @pytest.fixture(autouse=True)
@@ -222,8 +226,73 @@ def test_conflict_rates_are_shares_of_pairs(llama) -> None:
     assert row["low"] < row["conflict_rate"] < row["high"]
     assert 0 < row["chance"] < 1
     assert row["matched_chance"] == found.attrs["conflict_matched"][1]
+    for chance, p, draws in (("chance", "p_value", 19), ("matched_chance", "matched_p", gradients.MATCHED)):
+        assert row[p] == share_by_chance(row["conflict_rate"], row[chance], 28, draws)
+    # a pair in relation is a pair of facts whose relation is shuffled: literally, by the result's own draws
+    relations, generator = np.array(groups(found["relation"].values)), np.random.default_rng(0)
+    null = []
+    for _ in range(20):
+        of = relations[generator.permutation(8)]
+        marks = np.array([of[i] == of[j] for i in range(8) for j in range(i)])
+        null.append(np.mean(np.array(below)[marks]) - np.mean(np.array(below)[~marks]))
+    assert row["difference"] == pytest.approx(row["within"] - row["across"])
+    assert row["relation_p"] == (1 + sum(abs(x) >= abs(row["difference"]) - 1e-9 for x in null)) / 21
+    assert row["difference_low"] <= row["difference"] <= row["difference_high"]
+    table = conflict_rates(found)
+    for p, q in (("p_value", "q_value"), ("matched_p", "matched_q"), ("relation_p", "relation_q")):
+        assert table[q].tolist() == pytest.approx(benjamini_hochberg(table[p].to_numpy()).tolist())
+    other = conflict_rates(found, metric="superposition")  # its draws' shares are not kept
+    assert other[["chance", "p_value", "q_value", "matched_p"]].isna().all(axis=None)
+    assert other["relation_p"].between(0, 1).all()
     with pytest.raises(ValueError, match="no 'gradient', only cosine"):
         conflict_rates(found.sel(metric=["cosine"]))
+
+
+def conflicts(n: int, units: int, planted: bool, seed: int) -> tuple[float, float, float]:
+    """The share of conflicts among facts of two tokens each, and what `_found` says chance gives, free and matched."""
+    generator = torch.Generator().manual_seed(seed)
+    slope = torch.randn(2 * n, 6, generator=generator) + 0.3  # slopes alone do not lie at random
+    key = torch.randn(2 * n, units, generator=generator) ** 3  # few units carry most, as in a model
+    if planted:  # one unit that all facts share, with the same slope: no conflict is left
+        key[:, 3], slope[:] = 40.0, slope[:1]
+    owner = torch.arange(2 * n) // 2
+    found = gradients._found((slope, key), owner, n, np.random.default_rng(seed))
+    rate = float((found.value[np.triu_indices(n, 1)] < 0).mean())
+    return rate, *(float(np.ravel(found.notes[name])[0]) for name in ("conflict_chance", "conflict_matched"))
+
+
+def test_conflict_rates_are_called_as_often_as_chance_allows_and_where_planted() -> None:
+    """Of 200 results without anything shared at 0.05, more than 19 has a chance below 0.003; the bound is a little
+    wide, because not every pair is as likely in conflict as all are in the mean.
+    """
+    called = matched = 0
+    for seed in range(200):
+        rate, chance, near = conflicts(12, 48, False, seed)
+        called += share_by_chance(rate, chance, 66, 19) <= 0.05
+        matched += share_by_chance(rate, near, 66, gradients.MATCHED) <= 0.05
+    assert 1 <= called <= 19
+    assert 1 <= matched <= 19
+    rate, chance, _ = conflicts(12, 48, True, 0)
+    assert rate == 0
+    assert share_by_chance(rate, chance, 66, 19) < 1e-6
+
+
+def test_a_share_of_pairs_in_draws_varies_as_the_binomial_share_says() -> None:
+    """Pairs that have a fact in common are independent under shuffled units: the second way is 600 draws of one."""
+    generator = torch.Generator().manual_seed(0)
+    slope, key = torch.randn(20, 6, generator=generator), torch.randn(20, 48, generator=generator)
+    owner, order = torch.arange(20) // 2, np.random.default_rng(0)
+    shares = []
+    for _ in range(600):
+        shuffled = key.gather(1, torch.from_numpy(orders(10, 48, order))[owner])
+        shares.append((inner_products(slope, shuffled, owner, 10)[np.triu_indices(10, 1)] < 0).mean())
+    chance = np.mean(shares)
+    assert np.var(shares) == pytest.approx(chance * (1 - chance) / 45, rel=0.2)
+    one_for_all = [  # the control: one order for all facts keeps every product, and the share with it
+        (inner_products(slope, key[:, order.permutation(48)], owner, 10)[np.triu_indices(10, 1)] < 0).mean()
+        for _ in range(20)
+    ]
+    assert np.ptp(one_for_all) == 0
 
 
 def test_a_result_says_how_many_draws_judge_its_pairs_and_one_draw_judges_none(llama) -> None:
@@ -314,6 +383,41 @@ def test_suppression_equals_a_naive_loop(kind: str, unit: str) -> None:
             assert np.abs(drops).max() > 1e-2
 
 
+@pytest.mark.parametrize(("kind", "unit"), [("gpt2", "neuron"), ("llama", "node"), ("gemma3_text", "neuron")])
+def test_linear_suppression_is_the_slope_of_suppression(kind: str, unit: str) -> None:
+    """By autograd through plain hooks, a fact at a time; and by silencing the units by a hundredth only."""
+    model = tiny(kind)
+    facts = ASKED[2:7]
+    scores = attribute(model, facts, method="grad_x_act", unit=unit, progress=False)
+    found = measured(model, ["linear_suppression"], facts, scores)["value"][0]
+    count = max(1, round(scores.sizes["unit"] / 10))
+    for layer in range(3):
+        sets = top_sets(scores["score"].isel(layer=layer).values, count)
+        for i, fact in enumerate(model.tokenise(facts)):
+            ids, mask = pad_batch([fact.ids[:-1]])
+            at, target = len(fact.prompt_ids) - 1, torch.tensor(fact.answer_ids)
+            factor = torch.ones(scores.sizes["unit"], requires_grad=True)
+
+            def read(factor: torch.Tensor, ids=ids, mask=mask, at=at, target=target, layer=layer) -> torch.Tensor:
+                def scaled(activation: torch.Tensor) -> torch.Tensor:
+                    marked = torch.zeros(activation.shape[1], 1)
+                    marked[at] = 1
+                    return activation * (1 + marked * (factor - 1))
+
+                with model.patched(unit, {layer: scaled}):
+                    logits = model.hf(ids, attention_mask=mask).logits[0]
+                return logprob(logits[-len(target) :], target).sum()
+
+            slope = torch.autograd.grad(read(factor), factor)[0].double().numpy()
+            np.testing.assert_allclose(found[layer, i], sets @ slope, atol=2e-5, rtol=2e-4)
+            for j, marks in enumerate(sets):
+                less, more = (float(read(torch.tensor(1 + step * marks).float())) for step in (-0.01, 0.01))
+                assert float(found[layer, i, j]) == pytest.approx((more - less) / 0.02, abs=4e-3)
+    assert np.abs(found).max() > 1e-2
+    exact = measured(model, ["suppression"], facts, scores)["value"][0]
+    assert np.abs(found - exact).max() > 1e-3  # the control: it is another number than the whole drop
+
+
 def test_suppression_goes_on_where_it_stopped_and_only_there(tmp_path, monkeypatch, llama) -> None:
     scores, everything = llama
     model, parts = tiny("llama"), tmp_path / "parts"
@@ -383,7 +487,7 @@ def planted_measures(
 
 def test_planted_interference_is_found_at_its_layer_and_nowhere_else_and_not_once_it_is_gone() -> None:
     found = planted_measures()
-    for metric in ("cosine", "jaccard", "superposition", "gradient"):
+    for metric in JUDGED:
         pairs = colliding_pairs(found, metric=metric)
         both = {(1, "Italy", "Spain"), (1, "Spain", "Italy")}
         wanted = {(1, "Italy", "Spain")} if METRICS[metric].symmetric else both
@@ -402,7 +506,7 @@ def test_planted_interference_is_found_at_its_layer_and_nowhere_else_and_not_onc
     ):
         assert far_pairs(gone) == set()
         assert suppressed(gone) == set()
-        for metric in ("cosine", "jaccard", "superposition", "gradient"):
+        for metric in JUDGED:
             assert colliding_pairs(gone, metric=metric).empty
 
 

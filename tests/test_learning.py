@@ -27,7 +27,7 @@ from workbench.learning import (
     natural_rate,
 )
 from workbench.learning.learner import gradients, unlocked
-from workbench.learning.together import Read, _against_shuffled, _per_fact, _per_layer, _without_each, suppression
+from workbench.learning.together import Read, _of_the_mean, _per_fact, _per_layer, _without_each, suppression
 from workbench.models import HookedModel, load_model
 from workbench.results import open_result, save_result, validate_harm
 from workbench.selection import Selection
@@ -386,7 +386,7 @@ def test_the_null_of_suppression_is_a_literal_loop_over_shuffled_facts() -> None
 
 def test_what_is_left_of_a_facts_own_learning_is_called_where_it_is_planted_only() -> None:
     """Of 400 layers at 0.05 about 20 are called; more than 34 or fewer than 8 has a chance below 0.002."""
-    p = _against_shuffled(*movements(400), 199, 0)[:, 2]
+    p = _per_layer(*movements(400), 199, 0)["p_value"]
     assert 8 <= (p <= 0.05).sum() <= 34
     assert 0.45 < p.mean() < 0.55
     alone, joint = movements(20, seed=2)
@@ -396,6 +396,101 @@ def test_what_is_left_of_a_facts_own_learning_is_called_where_it_is_planted_only
     assert frame.index[frame["q_value"] <= 0.05].tolist() == [7, 11]
     assert frame.loc[7, "suppression"] < frame.loc[7, "null_low"]
     assert frame.loc[11, "suppression"] > frame.loc[11, "null_high"]
+
+
+def test_the_null_of_the_mean_suppression_is_a_literal_loop_too() -> None:
+    alone, joint = movements(3, n=5, seed=4)
+    alone[0] = 0  # below the first layer that learns
+    alone[1, 2] = 0  # and a fact that one layer does not move
+    low, high, p = _of_the_mean(alone, joint, 60, 5)
+    moved = [float(sum((alone[layer, i] ** 2).sum() for layer in range(3)) / 3) for i in range(5)]
+
+    def of(order: Sequence[int]) -> float:
+        found = []
+        for i in range(5):
+            left = [1 - float(alone[layer, i] @ joint[layer, order[i]]) / float(alone[layer, i] @ alone[layer, i])
+                    for layer in range(3) if alone[layer, i].any()]  # fmt: skip
+            found.append(np.mean(left))
+        return float(np.average(found, weights=moved))
+
+    generator = np.random.default_rng(5)
+    null = [of(generator.permutation(5)) for _ in range(60)]
+    centre = np.mean([of([(i + by) % 5 for i in range(5)]) for by in range(5)])
+    assert [low, high] == pytest.approx(np.quantile(null, [0.025, 0.975]).tolist())
+    assert p == pytest.approx((1 + sum(abs(x - centre) >= abs(of(range(5)) - centre) - 1e-9 for x in null)) / 61)
+    assert np.isnan(_of_the_mean(0 * alone, joint, 5, 0)).all()
+
+
+def margins(n: int, seed: int, taken: float = 0.0) -> pd.DataFrame:
+    """Facts of which alone and together differ by noise, and by what learning together takes."""
+    generator = np.random.default_rng(seed)
+    noise = generator.normal(size=(2, n))
+    before, alone = generator.normal(0.0, 1.0, n), generator.normal(6.0, 1.0, n)
+    joint = alone + noise[0] - taken
+    return pd.DataFrame(
+        {"interference": noise[1] + taken, "margin_before": before, "margin_alone": alone, "margin_joint": joint,
+         "suppression": 0.5, "moved": 1.0}
+    )  # fmt: skip
+
+
+def test_the_null_of_interference_and_expression_exchanges_alone_and_together() -> None:
+    frame = margins(6, 3, taken=0.4)
+    frame.attrs |= {"permutations": 40, "seed": 7}
+    table = averages(frame).set_index("metric")
+    coins = np.random.default_rng(7).random((40, 6)) < 0.5
+    means, ratios, gaps = [], [], []
+    for swap in [np.zeros(6, dtype=bool), *coins]:
+        mean, own, together = 0.0, 0.0, 0.0
+        for i, row in frame.iterrows():
+            alone, joint = row["margin_alone"] - row["margin_before"], row["margin_joint"] - row["margin_before"]
+            if swap[i]:
+                alone, joint = joint, alone
+            mean += (-1 if swap[i] else 1) * row["interference"] / 6
+            own, together = own + alone, together + joint
+        means.append(mean)
+        ratios.append(together / own)
+        gaps.append(together - own)
+    assert table.loc["interference", "mean"] == pytest.approx(means[0])
+    assert table.loc["expression", "mean"] == pytest.approx(ratios[0])
+    for metric, drawn, tested in (("interference", means, means), ("expression", ratios, gaps)):
+        band = table.loc[metric, ["null_low", "null_high"]].tolist()
+        assert band == pytest.approx(np.quantile(drawn[1:], [0.025, 0.975]).tolist())
+        extreme = sum(abs(x) >= abs(tested[0]) - 1e-9 for x in tested)
+        assert table.loc[metric, "p_value"] == pytest.approx(extreme / 41)
+    assert table.loc["suppression", ["null_low", "null_high", "p_value"]].isna().all()  # of no attributes
+
+
+def test_the_nulls_of_behaviour_are_calibrated_and_see_what_is_planted() -> None:
+    """Of 300 tests at 0.05 about 15 are called; more than 27 or fewer than 5 has a chance below 0.003."""
+    p = pd.concat([averages(margins(10, seed)).set_index("metric")["p_value"] for seed in range(300)], axis=1).T
+    for metric in ("interference", "expression"):
+        assert 5 <= (p[metric] <= 0.05).sum() <= 27
+        assert 0.45 < p[metric].mean() < 0.55
+    planted = averages(margins(10, 0, taken=3.0)).set_index("metric")
+    assert (planted.loc[["interference", "expression"], "p_value"] <= 0.01).all()
+
+
+def test_the_null_of_a_rank_exchanges_movements_layer_by_layer() -> None:
+    alone, joint = movements(2, n=5, seed=6)
+    joint[1] = joint[1, :1] * torch.arange(1, 6)[:, None]  # together, all facts move along one line
+    frame = _per_layer(alone, joint, 63, 2)
+    coins = np.random.default_rng(2).random((63, 5)) < 0.5
+    for layer in range(2):
+        null = []
+        for swap in [np.zeros(5, dtype=bool), *coins]:
+            own, together = (
+                torch.stack([(joint if swap[i] == first else alone)[layer, i] for i in range(5)])
+                for first in (True, False)
+            )
+            null.append(effective_rank(together).item() - effective_rank(own).item())
+        assert frame.loc[layer, "rank_change"] == pytest.approx(null[0], abs=1e-6)
+        band = frame.loc[layer, ["rank_null_low", "rank_null_high"]].tolist()
+        assert band == pytest.approx(np.quantile(null[1:], [0.025, 0.975]).tolist(), abs=1e-6)
+        assert frame.loc[layer, "rank_p"] == np.mean([abs(x) >= abs(null[0]) - 1e-6 for x in null])
+    assert frame.loc[1, "rank_p"] < 0.1 < frame.loc[0, "rank_p"]
+    assert (frame["rank_q"] >= frame["rank_p"]).all()
+    still = _per_layer(0 * alone, joint, 9, 0)
+    assert still[["rank_null_low", "rank_p", "rank_q"]].isna().all(axis=None)
 
 
 def test_suppression_and_expression_by_hand() -> None:

@@ -17,10 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.run_folder import NASTY, fabricate_forgetting, fabricate_run
-from workbench import intervals
+from workbench import figures, intervals
 from workbench.attribution import by_layer
 from workbench.reporting import findings, publish, report, sections, tables
 from workbench.reporting.artefacts import read_artefacts
+from workbench.reporting.collisions import about_conflicts
 from workbench.reporting.page import safe_json
 from workbench.reporting.publishing import find_browser
 from workbench.reporting.words import listed, number, percent, tenth
@@ -389,7 +390,7 @@ def test_measures_that_are_no_overlap_and_what_runs_of_before_left(run, tmp_path
     text = html.unescape(report(folder).read_text(encoding="utf-8"))
     assert text.count("cosine or jaccard, and this run measured gradient and suppression alone.") == 2
     assert not {"overlap", "relations"} & set(embedded(text))
-    assert {"measures", "advice"} <= set(embedded(text))
+    assert {"measures", "conflicts", "advice"} <= set(embedded(text))
     assert "Of gradient, low values are the harmful ones: a pair collides below the level" in text
     assert "The pairs of suppression are not judged" in text
     artefacts = read_artefacts(folder)
@@ -405,6 +406,31 @@ def test_measures_that_are_no_overlap_and_what_runs_of_before_left(run, tmp_path
         assert f"This run has no {absent}, so" in text
     assert "low values are the harmful ones" not in text
     assert "are not judged" not in text
+    assert "conflicts" not in embedded(text)
+
+
+def test_conflicts_are_told_against_both_nulls_and_by_relation():
+    rates = pd.DataFrame(
+        {"layer": [0, 1, 2], "conflict_rate": [0.6, 0.2, 0.4], "low": 0.1, "high": 0.7, "chance": [0.5, 0.5, 0.4],
+         "q_value": [0.01, 0.05, 0.9], "matched_chance": [0.5, 0.3, 0.4], "matched_q": [0.04, 0.06, 0.9],
+         "difference": [-0.2, 0.1, 0.3], "relation_q": [0.01, 0.02, 0.9]}
+    )  # fmt: skip
+    assert about_conflicts(rates) == [
+        "Against shuffled neurons, more pairs conflict in 1 of 3 layers and fewer in 1, at a false discovery rate of "
+        "5% over layers.",
+        "Against neurons shuffled among those of similar size, more pairs conflict in 1 of 3 layers and fewer in 0, at "
+        "a false discovery rate of 5% over layers.",
+        "Pairs of one relation conflict more often than pairs of two in 1 of 3 layers, and less often in 1.",
+        "Most conflict in layer 0: 60% of the pairs (10% to 70%).",
+    ]
+    bare = about_conflicts(rates.assign(q_value=np.nan, matched_q=np.nan, relation_q=np.nan, low=np.nan))
+    assert bare == ["Most conflict in layer 0: 60% of the pairs."]
+    fig = figures.conflicts_by_layer(rates)
+    assert list(fig.data[2].y) == [0.6, 0.2, 0.4]
+    assert list(fig.data[2].marker.symbol) == ["circle", "circle", "circle-open"]
+    assert [list(trace.y) for trace in fig.data[:2]] == [[0.5, 0.5, 0.4], [0.5, 0.3, 0.4]]
+    with pytest.raises(ValueError, match="has no column 'chance'"):
+        figures.conflicts_by_layer(rates.drop(columns="chance"))
 
 
 def test_facts_of_one_relation_are_not_drawn_within_and_across(run, tmp_path):

@@ -39,9 +39,12 @@ class InterferenceConfig(_Section):
     """How it is measured that facts interfere."""
 
     metrics: tuple[str, ...] = Field(
-        ("cosine", "jaccard"), description="measures: cosine, jaccard, superposition, gradient, suppression"
+        ("cosine", "jaccard"),
+        description="measures: cosine, jaccard, superposition, gradient, linear_suppression, suppression",
     )
-    top: float = Field(1.0, gt=0, le=100, description="top units of jaccard and suppression, in percent of a layer's")
+    top: float = Field(
+        1.0, gt=0, le=100, description="top units of jaccard and the suppressions, in percent of a layer's"
+    )
     draws: int = Field(1, ge=1, description="of random units for suppression; 19 judge its pairs, at 7 times the cost")
     harm: bool = Field(False, description="learn every attributed fact alone, and say which measure predicts its harm")
 

@@ -33,7 +33,11 @@ def interference_command(
     model: Model = "smollm2-135m",
     metrics: Annotated[
         tuple[str, ...],
-        Parameter(consume_multiple=True, negative="", help="cosine, jaccard, superposition, gradient, suppression"),
+        Parameter(
+            consume_multiple=True,
+            negative="",
+            help="cosine, jaccard, superposition, gradient, linear_suppression, suppression",
+        ),
     ] = ("cosine", "jaccard"),
     attribution: Annotated[
         Path | None, Parameter(help="a result of `workbench attribute`; without one, grad_x_act is computed")
@@ -41,7 +45,9 @@ def interference_command(
     unit: Annotated[
         Literal["node", "neuron"] | None, Parameter(help="what is attributed without --attribution (default node)")
     ] = None,
-    top: Annotated[float, Parameter(help="top sets of jaccard and suppression, in percent of a layer's units")] = 1.0,
+    top: Annotated[
+        float, Parameter(help="top sets of jaccard and the suppressions, in percent of a layer's units")
+    ] = 1.0,
     permutations: Annotated[
         int, Parameter(help="draws of the nulls that shuffle facts", validator=Number(gte=1))
     ] = 999,
@@ -55,8 +61,8 @@ def interference_command(
     """Measure how much every two facts interfere in every layer: within a relation against across, and by meaning.
 
     Each number stands beside what shuffled facts and shuffled units give; pairs beyond the level of their layer collide
-    (corrected over layers; suppression with --draws 19). suppression takes facts^2 x layers passes of
-    a token: give it few facts (--sample).
+    (corrected over layers; suppression with --draws 19). suppression takes facts^2 x layers passes of a token: give it
+    few facts (--sample), and many to linear_suppression, which is the same to first order.
     """
     check_out(out, "interference", facts, attribution)
     names = [name.strip() for given in metrics for name in given.split(",")]

@@ -16,7 +16,7 @@ from workbench.figures.change import (
     text_damage,
     training_curves,
 )
-from workbench.figures.interference import interference_by_layer
+from workbench.figures.interference import conflicts_by_layer, interference_by_layer
 from workbench.figures.interventions import neuron_effects, suppression_curves
 from workbench.figures.knowledge import (
     load_and_selection,
@@ -42,6 +42,7 @@ __all__ = [
     "agreement_profiles",
     "before_after",
     "blame_by_layer",
+    "conflicts_by_layer",
     "direct_bars",
     "drift_by_layer",
     "drift_distance",

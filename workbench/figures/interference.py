@@ -1,12 +1,15 @@
-"""Figures of interference: every measure within relations against across them, layer by layer, beside its null."""
+"""Figures of interference, layer by layer: measures within relations against across them, gradients in conflict."""
+
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from workbench.figures.style import BLUE, GREY, ORANGE, band, check, error_bars, plain, styled
+from workbench.figures.style import BLUE, GREY, ORANGE, PURPLE, band, check, error_bars, plain, styled
 
 COLUMNS = ("metric", "layer", "difference", "low", "high", "null_low", "null_high", "q_value")
+CONFLICTS = ("layer", "conflict_rate", "low", "high", "chance", "matched_chance", "q_value")
 
 
 def interference_by_layer(frame: pd.DataFrame, level: float = 0.05) -> go.Figure:
@@ -36,11 +39,7 @@ def interference_by_layer(frame: pd.DataFrame, level: float = 0.05) -> go.Figure
             legendgroup="difference",
             showlegend=row == 1,
             line={"color": BLUE, "width": 1},
-            marker={
-                "size": 8,
-                "color": [ORANGE if one else BLUE for one in called],
-                "symbol": ["circle" if one else "circle-open" for one in called],
-            },
+            marker=_marks(called),
             error_y={**error_bars(rows, "difference"), "color": BLUE},
             customdata=rows["q_value"],
             hovertemplate=f"layer %{{x}}, {name}: %{{y:.3g}} (q = %{{customdata:.2g}})<extra></extra>",
@@ -50,3 +49,43 @@ def interference_by_layer(frame: pd.DataFrame, level: float = 0.05) -> go.Figure
         fig.update_yaxes(title=name, zeroline=True, row=row, col=1)
     fig.update_xaxes(title="layer", row=len(metrics), col=1)
     return styled(fig, height=120 + 190 * len(metrics))
+
+
+def conflicts_by_layer(frame: pd.DataFrame, level: float = 0.05) -> go.Figure:
+    """Draw the share of pairs of facts whose gradients conflict, per layer, beside what shuffled neurons give.
+
+    Columns: layer, conflict_rate with its interval low, high, chance, matched_chance (shares, 0 to 1), q_value. Layers
+    whose rate is not by chance, with a q-value of at most `level`, are filled and orange.
+    """
+    check(frame, "conflicts by layer", CONFLICTS)
+    rows = frame.sort_values("layer")
+    fig = go.Figure()
+    for column, colour, name in (
+        ("chance", GREY, "shuffled neurons"),
+        ("matched_chance", PURPLE, "shuffled among neurons of similar size"),
+    ):
+        line = {"color": colour, "dash": "dot", "width": 2}
+        fig.add_scatter(x=rows["layer"], y=rows[column], mode="lines", name=name, line=line)
+    fig.add_scatter(
+        x=rows["layer"],
+        y=rows["conflict_rate"],
+        mode="lines+markers",
+        name="pairs in conflict, 95% interval",
+        line={"color": BLUE, "width": 1},
+        marker=_marks(rows["q_value"] <= level),
+        error_y={**error_bars(rows, "conflict_rate"), "color": BLUE},
+        customdata=rows["q_value"],
+        hovertemplate="layer %{x}: %{y:.1%} (q = %{customdata:.2g})<extra></extra>",
+    )
+    fig.update_xaxes(title="layer")
+    fig.update_yaxes(title="pairs in conflict", tickformat=".0%", rangemode="tozero")
+    return styled(fig, height=360)
+
+
+def _marks(called: pd.Series) -> dict[str, Any]:
+    """Filled and orange where a layer is called, open otherwise."""
+    return {
+        "size": 8,
+        "color": [ORANGE if one else BLUE for one in called],
+        "symbol": ["circle" if one else "circle-open" for one in called],
+    }

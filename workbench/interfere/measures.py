@@ -13,7 +13,7 @@ import xarray as xr
 from tqdm import tqdm
 
 from workbench.facts import FactSet, general_text
-from workbench.interfere.cross import suppression
+from workbench.interfere.cross import linear_suppression, suppression
 from workbench.interfere.gradients import gradient
 from workbench.interfere.keys import superposition
 from workbench.interfere.meaning import meaning
@@ -59,6 +59,7 @@ METRICS: dict[str, Measure] = {
     "jaccard": Measure(jaccard_overlap, True, False, False, "shared share of the top units", bounded=True),
     "superposition": Measure(superposition, False, True, True, "projection of whitened keys", suffers="other"),
     "gradient": Measure(gradient, True, True, True, "cosine of gradients", harmful=-1, bounded=True),
+    "linear_suppression": Measure(linear_suppression, False, True, True, "first-order drop of log P(answer), nats"),
     "suppression": Measure(suppression, False, True, True, "drop of log P(answer), nats"),
 }
 
@@ -87,8 +88,9 @@ def interference(
         attribution: a result of `attribute`.
         metrics: "cosine" of |scores|; "jaccard" of the top units; "superposition" of keys; "gradient", the cosine of
             gradients in the down-projection; "suppression" of one fact by the top units of another, whose cost grows
-            with facts^2 x layers. `METRICS` holds them, and each says in its docstring what it computes.
-        top: size of the top sets of "jaccard" and "suppression", in percent of a layer's units.
+            with facts^2 x layers; "linear_suppression", the same to first order, for many facts. `METRICS` holds them,
+            and each says in its docstring what it computes.
+        top: size of the top sets of "jaccard" and of both suppressions, in percent of a layer's units.
         permutations: draws of the nulls that shuffle facts.
         draws: of random units in the place of every fact's own, for "suppression": from 19 on its pairs are judged, at
             seven times the cost of one; the other measures, which run no pass for a draw, always have 19 or more.

@@ -5,6 +5,7 @@ units of each fact, and intervals resample facts (the vertex bootstrap of Snijde
 """
 
 from collections.abc import Callable, Iterable
+from math import erfc, sqrt
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Num
@@ -79,6 +80,27 @@ def chance_level(largest: list[float]) -> float:
     Of n draws with n < 20, what was observed lies above it by chance with probability 1 / (n + 1).
     """
     return float(np.quantile(largest, 0.95, method="higher"))
+
+
+def share_by_chance(share: float, drawn: float, n_pairs: int, n_draws: int) -> float:
+    """The two-sided p-value of a share of pairs, where `n_draws` draws of shuffled units have the share `drawn` in all.
+
+    The units of every fact are shuffled by themselves, so what two pairs of facts become is independent, even of pairs
+    that have a fact in common: its order against the one other is any order, whatever it is against the second. A
+    draw's share therefore varies by the sum of p (1 - p) over pairs, at most as a binomial share of as many pairs does.
+    That is what is taken here, as normal, with a correction for continuity; the mean of the draws adds its own error.
+    NaN where there is no share of draws.
+
+    >>> share_by_chance(0.5, 0.5, 100, 19), round(share_by_chance(0.61, 0.5, 100, 10**9), 4)
+    (1.0, 0.0357)
+    """
+    if np.isnan(drawn):
+        return float("nan")
+    least = 1 / (2 * n_pairs * n_draws)  # a share that no draw had is not impossible
+    chance = min(max(drawn, least), 1 - least)
+    spread = sqrt(chance * (1 - chance) / n_pairs * (1 + 1 / n_draws))
+    gap = max(0.0, abs(share - drawn) - 1 / (2 * n_pairs))
+    return erfc(gap / spread / sqrt(2))
 
 
 def level_of_all(largest: Float[np.ndarray, "draw layer"]) -> Float[np.ndarray, " layer"]:

@@ -1,11 +1,14 @@
 """What an interference result says, as tidy frames."""
 
+import math
+
 import numpy as np
 import pandas as pd
 import xarray as xr
 
 from workbench.interfere.measures import METRICS
-from workbench.interfere.nulls import groups, in_pairs, mean_interval
+from workbench.interfere.nulls import against_relations, groups, in_pairs, mean_interval, share_by_chance
+from workbench.intervals import benjamini_hochberg
 
 #: The numbers per metric and layer, in the order of the frame; results of before may lack some.
 COLUMNS = (
@@ -13,6 +16,14 @@ COLUMNS = (
     "chance", "matched_chance", "expected", "level", "meaning_rho", "meaning_low", "meaning_high", "meaning_p",
     "meaning_q",
 )  # fmt: skip
+#: The nulls of a conflict rate: where a result has their shares and numbers of draws, and their columns.
+NULL_RATES = (
+    ("conflict_chance", "unit_draws", ("chance", "p_value", "q_value")),
+    ("conflict_matched", "matched_draws", ("matched_chance", "matched_p", "matched_q")),
+)
+#: What relations say of a conflict rate, by the column of `against_relations`.
+RELATED = {"within": "within", "across": "across", "difference": "difference", "difference_low": "low",
+           "difference_high": "high", "relation_p": "p_value"}  # fmt: skip
 
 
 def within_across(result: xr.Dataset) -> pd.DataFrame:
@@ -98,29 +109,41 @@ def key_statistics(result: xr.Dataset) -> pd.DataFrame:
 
 
 def conflict_rates(result: xr.Dataset, *, metric: str = "gradient") -> pd.DataFrame:
-    """Share of pairs of facts below 0, per layer, beside what chance gives.
+    """Share of pairs of facts below 0, per layer, against what chance gives, and within relations against across.
 
-    Columns layer, conflict_rate with its 95% interval over facts low..high, within and across relations, chance and
-    matched_chance (the mean share in the draws of shuffled neurons, and of neurons shuffled among those of similar
-    size; of "gradient" alone), n_pairs.
+    A pair that is not symmetric is the mean of its two directions.
+
+    Returns:
+        Frame with layer, n_pairs, and in three groups: `conflict_rate` with its 95% interval over facts `low`..`high`;
+        `chance` (the share in the draws of shuffled neurons) with the two-sided `p_value` and `q_value` of the rate
+        against it, and the same of neurons shuffled among those of similar size: `matched_chance`, `matched_p`,
+        `matched_q` (see `share_by_chance`; of "gradient" alone, NaN otherwise); the rates `within` and `across`
+        relations, their `difference` with its 95% interval over facts `difference_low`..`difference_high`, and
+        `relation_p` and `relation_q` against relations shuffled over facts. q is by Benjamini and Hochberg over layers.
+
+    Raises:
+        ValueError: the result lacks this measure.
     """
     _asked(result, metric)
     relations = groups(result["relation"].values)
-    first, second = np.triu_indices(len(relations), 1)
-    same = relations[first] == relations[second]
-    rows = []
-    nulls = [np.ravel(result.attrs.get(name, [])) for name in ("conflict_chance", "conflict_matched")]
-    for place, layer in enumerate(result["layer"].values):
-        value = result["value"].sel(metric=metric, layer=layer).values
-        below = in_pairs(value[None])[0] < 0
-        shares = [float(below[of].mean()) if of.any() else np.nan for of in (same, ~same)]
-        told = [
-            float(null[place]) if metric == "gradient" and len(null) == len(result["layer"]) else np.nan
-            for null in nulls
-        ]
-        rows.append((int(layer), float(below.mean()), *mean_interval(value + value.T < 0), *shares, *told, below.size))
-    columns = ["layer", "conflict_rate", "low", "high", "within", "across", "chance", "matched_chance", "n_pairs"]
-    return pd.DataFrame(rows, columns=columns)
+    values = result["value"].sel(metric=metric).transpose("layer", "fact", "other").values
+    below = (values + values.transpose(0, 2, 1) < 0).astype(np.float64)
+    rates, n_pairs = in_pairs(below).mean(1), math.comb(len(relations), 2)
+    low, high = np.transpose([mean_interval(layer) for layer in below])
+    found = {"layer": result["layer"].values, "n_pairs": n_pairs, "conflict_rate": rates, "low": low, "high": high}
+    for attribute, drawn, (chance, p_value, q_value) in NULL_RATES:
+        shares = np.full(len(rates), np.nan)
+        if metric == "gradient" and attribute in result.attrs:
+            shares = np.ravel(result.attrs[attribute]).astype(np.float64)
+        draws = result.attrs.get(drawn, {}).get(metric, 1)
+        found[chance] = shares
+        found[p_value] = np.array([share_by_chance(*both, n_pairs, draws) for both in zip(rates, shares, strict=True)])
+        found[q_value] = benjamini_hochberg(found[p_value])
+    generator = np.random.default_rng(result.attrs.get("seed", 0))
+    shuffles = [generator.permutation(len(relations)) for _ in range(result.attrs.get("permutations", 999))]
+    of_relations = against_relations(below, relations, np.stack(shuffles))
+    found |= {name: of_relations[column] for name, column in RELATED.items()}
+    return pd.DataFrame(found | {"relation_q": benjamini_hochberg(of_relations["p_value"])})
 
 
 def predicted_change(result: xr.Dataset, *, learning_rate: float | int) -> xr.DataArray:

@@ -7,16 +7,22 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm import tqdm
 
 from workbench.facts import FactSet, TokenisedFact
 from workbench.intervals import benjamini_hochberg, interval, jackknifed, ratio_of_sums
+from workbench.learning.chance import PERMUTATIONS, band, exchanges, of_shuffles, p_value, shuffles
 from workbench.learning.learner import STEPS, check_learning, learnt, natural_rate
 from workbench.models import HookedModel, pad_batch
 from workbench.recollection import read_facts
 from workbench.selection import Selection
+
+#: Draws of the null of a rank, at most: each costs two spectra of all facts.
+RANK_DRAWS = 199
+#: Effective ranks nearer than this are the same: singular values are square roots of what is exact to rounding.
+ROUNDING = 1e-6
 
 
 class Read(NamedTuple):
@@ -35,7 +41,7 @@ def behaviour(
     rate: float | None = None,
     layers: Sequence[int] | None = None,
     selection: Selection | None = None,
-    permutations: int = 999,
+    permutations: int = PERMUTATIONS,
     seed: int = 0,
     progress: bool = True,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -54,6 +60,9 @@ def behaviour(
     `permutations` shuffles that all layers share: what is left of f beyond what facts learnt together share with any
     fact. The p-value is two-sided, by the distance from the mean over all pairings: little suppression is learning that
     stays a fact's own, much is learning that the others turn against; Benjamini-Hochberg over the layers gives q.
+    Shuffling facts cannot change a mean of interference or of expression, nor a rank, so their null is another: alone
+    and together are exchanged for every fact at random, as if it made no difference which of the two a fact came from.
+    No units are chosen here, so there are none to match.
 
     These are two frames and no measure of `interference`, because nothing here is of a pair: a fact is learnt alone or
     with all others, so there is no (fact, other) matrix for that dataset to hold, and it is what a model becomes, not
@@ -65,8 +74,9 @@ def behaviour(
         and one per layer (layer, suppression, low, high: 1 - sum <h(joint) - h0, f> / sum |f|^2 over facts, so that
         what hardly moved counts for little, and its 95% interval over facts; null_low, null_high: the central 95% of
         the null; p_value, q_value; rank_alone, rank_joint, rank_change, rank_low, rank_high: interval of the change,
-        from the jackknife over facts). NaN where learning alone moved nothing, as below the first layer that learns.
-        `averages` sums up the first frame. The model stays as it was, to the bit.
+        from the jackknife over facts; rank_null_low, rank_null_high, rank_p, rank_q: what exchanges give, 199 of them
+        at most). NaN where learning alone moved nothing, as below the first layer that learns. `averages` sums up the
+        first frame. The model stays as it was, to the bit.
 
     Raises:
         ValueError: settings that do not fit, or a rate at which losses have no end.
@@ -97,27 +107,43 @@ def behaviour(
     per_layer = _per_layer(moved_alone, moved_joint, permutations, seed)
     for frame in (per_fact, per_layer):
         frame.attrs |= {"steps": steps, "rate": used, "permutations": permutations, "seed": seed}
+    per_fact.attrs["suppression_null"] = _of_the_mean(moved_alone, moved_joint, permutations, seed)
     return per_fact, per_layer
 
 
 def averages(per_fact: pd.DataFrame) -> pd.DataFrame:
-    """Interference, expression and suppression of all facts, with 95% intervals over facts: metric, n, mean, low, high.
+    """Interference, expression and suppression of all facts, each with its null.
 
     Interference is a mean. The other two are ratios, whose mean a fact that was known before could decide by itself, so
     they are ratios of sums: expression `sum(margin_joint - margin_0) / sum(margin_alone - margin_0)`, where a fact
     counts by what learning it alone gained; suppression the mean over facts weighted by `moved`, how far that went.
+
+    Returns:
+        Frame with metric, n, mean, its 95% interval over facts low..high, the central 95% of the null
+        null_low..null_high and a two-sided p_value: exchanges of alone and together for interference and expression,
+        shuffled facts for suppression (see `behaviour`; missing where the frame was read from a file, which has no
+        attributes).
     """
-    gained, moved = (per_fact[f"margin_{name}"] - per_fact["margin_before"] for name in ("alone", "joint"))
+    gained, moved = ((per_fact[f"margin_{name}"] - per_fact["margin_before"]).to_numpy() for name in ("alone", "joint"))
     values = per_fact["interference"].to_numpy(np.float64)
     weights = per_fact["moved"].to_numpy(np.float64)
     low, high = interval(values)
+    swaps = exchanges(len(values), per_fact.attrs.get("permutations", PERMUTATIONS), per_fact.attrs.get("seed", 0))
+    exchanged = np.where(swaps, -values, values).mean(1)
+    top, bottom = np.where(swaps, gained, moved).sum(1), np.where(swaps, moved, gained).sum(1)
+    expressed = np.divide(top, bottom, out=np.full(len(top), np.nan), where=bottom != 0)
+    nulls = {
+        "interference": (*band(exchanged[1:]), p_value(exchanged)),
+        "expression": (*band(expressed[1:]), p_value(top - bottom)),
+        "suppression": tuple(per_fact.attrs.get("suppression_null", [np.nan] * 3)),
+    }
     rows = {
         "interference": (values.mean(), float(low), float(high)),
-        "expression": ratio_of_sums(moved.to_numpy(), gained.to_numpy()),
+        "expression": ratio_of_sums(moved, gained),
         "suppression": ratio_of_sums(weights * per_fact["suppression"].fillna(0).to_numpy(), weights),
     }
-    found = [(metric, len(per_fact), *ends) for metric, ends in rows.items()]
-    return pd.DataFrame(found, columns=["metric", "n", "mean", "low", "high"])
+    found = [(metric, len(per_fact), *ends, *nulls[metric]) for metric, ends in rows.items()]
+    return pd.DataFrame(found, columns=["metric", "n", "mean", "low", "high", "null_low", "null_high", "p_value"])
 
 
 def suppression(
@@ -188,51 +214,67 @@ def _per_fact(
 def _per_layer(
     alone: Float[Tensor, "layer fact d_model"],
     joint: Float[Tensor, "layer fact d_model"],
-    permutations: int = 999,
+    permutations: int = PERMUTATIONS,
     seed: int = 0,
 ) -> pd.DataFrame:
     rows = []
-    null = _against_shuffled(alone, joint, permutations, seed)
-    square = torch.einsum("lfd,lfd->lf", alone, alone).numpy()
-    along = torch.einsum("lfd,lfd->lf", joint, alone).numpy()
-    for layer in range(len(square)):
-        value, *ends = ratio_of_sums(square[layer] - along[layer], square[layer])
-        ranks = [effective_rank(moved[layer]).item() for moved in (alone, joint)]
+    orders = shuffles(alone.shape[1], permutations, seed)
+    swaps = exchanges(alone.shape[1], min(permutations, RANK_DRAWS), seed)
+    for layer, (own, together) in enumerate(zip(alone, joint, strict=True)):
+        square, along = (torch.einsum("fd,fd->f", of, own).numpy() for of in (own, together))
+        value, *ends = ratio_of_sums(square - along, square)
+        null = of_shuffles((together @ own.T).T.numpy() / square.sum(), orders) if square.any() else [np.nan] * 3
+        ranks = [effective_rank(moved).item() for moved in (own, together)]
         change = ranks[1] - ranks[0]
-        low, high = jackknifed(change, _without_each(joint[layer]) - _without_each(alone[layer]))
-        rows.append((layer, value, *ends, *null[layer], np.nan, *ranks, change, low, high))
-    names = ["layer", "suppression", "low", "high", "null_low", "null_high", "p_value", "q_value", "rank_alone"]
-    frame = pd.DataFrame(rows, columns=[*names, "rank_joint", "rank_change", "rank_low", "rank_high"])
-    return frame.assign(q_value=benjamini_hochberg(frame["p_value"].to_numpy(np.float64)))
+        low, high = jackknifed(change, _without_each(together) - _without_each(own))
+        of_ranks = _rank_null(own, together, swaps) if square.any() else [np.nan] * 3
+        rows.append((layer, value, *ends, *null, *ranks, change, low, high, *of_ranks))
+    names = ["layer", "suppression", "low", "high", "null_low", "null_high", "p_value", "rank_alone", "rank_joint"]
+    names += ["rank_change", "rank_low", "rank_high", "rank_null_low", "rank_null_high", "rank_p"]
+    frame = pd.DataFrame(rows, columns=names)
+    q, rank_q = (benjamini_hochberg(frame[p].to_numpy(np.float64)) for p in ("p_value", "rank_p"))
+    frame.insert(names.index("p_value") + 1, "q_value", q)
+    return frame.assign(rank_q=rank_q)
 
 
-def _against_shuffled(
+def _of_the_mean(
     alone: Float[Tensor, "layer fact d_model"], joint: Float[Tensor, "layer fact d_model"], permutations: int, seed: int
-) -> Float[np.ndarray, "layer number"]:
-    """The central 95% of the suppression of shuffled facts, and the p-value; NaN in layers that learning alone left."""
-    generator, n = np.random.default_rng(seed), alone.shape[1]
-    shuffles = np.stack([np.arange(n), *(generator.permutation(n) for _ in range(permutations))])
-    found = np.full((len(alone), 3), np.nan)
-    for layer, (moved, together) in enumerate(zip(alone, joint, strict=True)):
-        products, square = (moved @ together.T).numpy(), float((moved * moved).sum())
-        if square == 0:
-            continue
-        values = 1 - products[np.arange(n), shuffles].sum(1) / square  # the first is as observed
-        far = np.abs(values - (1 - products.sum() / n / square))
-        rounding = 1e-9 * np.abs(products).sum() / square
-        found[layer] = *np.quantile(values[1:], [0.025, 0.975]), (far >= far[0] - rounding).mean()
-    return found
+) -> list[float]:
+    """The null of the suppression that `averages` tells: facts weighted by how far learning alone moved them."""
+    square = torch.einsum("lfd,lfd->lf", alone, alone)
+    if not square.any():
+        return [np.nan] * 3
+    along = torch.einsum("lfd,lod->lfo", alone, joint)
+    kept = torch.where(square[..., None] > 0, along / square[..., None], torch.nan).nanmean(0).nan_to_num()
+    weights = square.mean(0)[:, None]
+    return list(of_shuffles((weights * kept / weights.sum()).numpy(), shuffles(alone.shape[1], permutations, seed)))
+
+
+def _rank_null(
+    alone: Float[Tensor, "fact d_model"], joint: Float[Tensor, "fact d_model"], swaps: Bool[np.ndarray, "draw fact"]
+) -> tuple[float, ...]:
+    """Central 95% and p-value of the change of effective rank when alone and together are exchanged."""
+    n, rows = len(alone), torch.cat([alone, joint])
+    products, own = rows @ rows.T, torch.arange(n)
+    changes = []
+    for swap in torch.from_numpy(swaps):
+        places = (torch.where(swap, own, own + n), torch.where(swap, own + n, own))
+        ranks = [_rank_of_products(products[at][:, at]) for at in places]
+        changes.append(ranks[0] - ranks[1])
+    values = np.array(changes)
+    return *band(values[1:]), p_value(values, rounding=ROUNDING)
+
+
+def _rank_of_products(products: Float[Tensor, "row row"]) -> float:
+    """The effective rank of rows from their inner products, which is quicker for many facts."""
+    return _rank_of(torch.linalg.eigvalsh(products).clamp(min=0).sqrt()).item()
 
 
 def _without_each(rows: Float[Tensor, "fact d_model"]) -> Float[np.ndarray, " fact"]:
-    """The effective rank with every fact left out in turn, from inner products, which is quicker for many facts."""
+    """The effective rank with every fact left out in turn."""
     n = len(rows)
     if n == 1:
         return np.zeros(1)
     kept = (~torch.eye(n, dtype=torch.bool)).nonzero()[:, 1].view(n, n - 1)
     products = rows @ rows.T
-    found = []
-    for one in kept:
-        values = torch.linalg.eigvalsh(products[one][:, one]).clamp(min=0).sqrt()
-        found.append(_rank_of(values).item())
-    return np.array(found)
+    return np.array([_rank_of_products(products[one][:, one]) for one in kept])

@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from workbench import figures
-from workbench.interfere import METRICS, within_across
+from workbench.interfere import METRICS, conflict_rates, within_across
 from workbench.reporting import findings
 from workbench.reporting.artefacts import Artefacts
 from workbench.reporting.parts import Panel, Section
@@ -14,21 +15,32 @@ from workbench.reporting.words import listed, number, percent
 
 
 def measures(run: Artefacts) -> Section:
-    """Every measure of interference within relations against across them, with nulls and intervals."""
+    """Every measure within relations against across them, and how many gradients conflict, with nulls and intervals."""
     table = within_across(run.interference)
-    if not set(table.columns) >= {"low", "high", "q_value"} or table["difference"].isna().all():
+    panels, about = [], []
+    if set(table.columns) >= {"low", "high", "q_value"} and table["difference"].notna().any():
+        drawn = figures.figure_json(figures.interference_by_layer(table))
+        text = findings.about_measures(table)
+        panels.append(Panel("measures", "Within minus across relations, by measure", drawn, text))
+        about += [
+            "Every measure of interference in its own units: bars are 95% bootstrap intervals over facts, the band is "
+            "what shuffled relations give, and filled orange layers differ at a false discovery rate of 5% over "
+            "layers. In the table, chance is what the largest value of two facts reaches when each fact's units are "
+            "shuffled, and level what a pair has to exceed to collide, corrected over layers."
+        ]
+        about += _levels(table)
+    if "gradient" in set(table["metric"]):
+        rates = conflict_rates(run.interference)
+        drawn = figures.figure_json(figures.conflicts_by_layer(rates))
+        panels.append(Panel("conflicts", "Pairs of facts whose gradients conflict", drawn, about_conflicts(rates)))
+        about += [
+            "Two facts conflict in a layer where a step that teaches the one unteaches the other. Filled orange layers "
+            "have more or fewer conflicts than shuffled neurons leave, at a false discovery rate of 5% over layers."
+        ]
+    if not panels:
         told = "The facts are of one relation, or no two are, so that there is nothing to compare by measure."
         return Section("", "", "", absent=told)
-    drawn = figures.figure_json(figures.interference_by_layer(table))
-    panel = Panel("measures", "Within minus across relations, by measure", drawn, findings.about_measures(table))
-    about = (
-        "Every measure of interference in its own units: bars are 95% bootstrap intervals over facts, the band is what "
-        "shuffled relations give, and filled orange layers differ at a false discovery rate of 5% over layers. In the "
-        "table, chance is what the largest value of two facts reaches when each fact's units are shuffled, and level "
-        "what a pair has to exceed to collide, corrected over layers."
-    )
-    about += "".join(f" {sentence}" for sentence in _levels(table))
-    return Section("", "", about, [panel], table, "interference.zarr")
+    return Section("", "", " ".join(about), panels, table, "interference.zarr")
 
 
 def prediction(run: Artefacts) -> Section:
@@ -78,6 +90,36 @@ def _followed(run: Artefacts) -> str:
         "Nothing in this run follows the advice: for LoKI to follow it, give the strategy interference_aware "
         "(selection.strategy, or `workbench select --strategy interference_aware --advice advice.parquet`)."
     )
+
+
+def about_conflicts(rates: pd.DataFrame) -> list[str]:
+    """Say in how many layers more or fewer gradients conflict than by chance, and in how many relations differ."""
+    sentences, n = [], len(rates)
+    for chance, q, null in (
+        ("chance", "q_value", "shuffled neurons"),
+        ("matched_chance", "matched_q", "neurons shuffled among those of similar size"),
+    ):
+        if rates[q].isna().all():
+            continue
+        called = rates[rates[q] <= findings.RATE]
+        more = int((called["conflict_rate"] > called[chance]).sum())
+        sentences.append(
+            f"Against {null}, more pairs conflict in {more} of {n} layers and fewer in {len(called) - more}, at a "
+            "false discovery rate of 5% over layers."
+        )
+    if rates["relation_q"].notna().any():
+        called = rates[rates["relation_q"] <= findings.RATE]
+        more = int((called["difference"] > 0).sum())
+        sentences.append(
+            f"Pairs of one relation conflict more often than pairs of two in {more} of {n} layers, and less often in "
+            f"{len(called) - more}."
+        )
+    peak = rates.loc[rates["conflict_rate"].idxmax()]
+    ends = f" ({percent(peak['low'])} to {percent(peak['high'])})" if np.isfinite(peak["low"]) else ""
+    sentences.append(
+        f"Most conflict in layer {peak['layer']:.0f}: {percent(peak['conflict_rate'])} of the pairs{ends}."
+    )
+    return sentences
 
 
 def about_prediction(predicted: Mapping[str, Any]) -> list[str]:

@@ -88,7 +88,7 @@ class DriftWatch(TrainerCallback):
         every: int | Literal["auto"] = "auto",
         retained: FactSet | None = None,
         metric: str | tuple[str, ...] | list[str] = "d_soft",
-        share: float = 0.1,
+        share: float = 0.05,
         drift: float | None = None,
         forgetting: float | None = None,
         action: str = "stop",
