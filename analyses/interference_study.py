@@ -3,8 +3,9 @@
 For one set of facts (invented ones, and with --lre known ones from files in the LRE format): attribution, interference
 by every measure there is, the harm of learning each fact alone, what learning them together does, the table and the
 verdict of the prediction, and the layers to train. Publishes `figures/interference_study.*` (the prediction),
-`figures/interference_study_measures.*` (every measure per layer, with intervals and nulls) and
-`figures/interference_study_layers.*` (the advice); a second start does only what is missing.
+`figures/interference_study_measures.*` (every measure per layer, with intervals and nulls),
+`figures/interference_study_conflicts.*` (how many gradients conflict) and `figures/interference_study_layers.*` (the
+advice); a second start does only what is missing.
 
     python analyses/interference_study.py --lre FOLDER    # the full study
     python analyses/interference_study.py --smoke         # the same way on few facts and steps, for tests
@@ -16,12 +17,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import xarray as xr
 
 import workbench as wb
-from workbench.figures import advice_by_layer, interference_by_layer, prediction
-from workbench.interfere import METRICS, within_across
+from workbench.figures import advice_by_layer, conflicts_by_layer, interference_by_layer, prediction
+from workbench.interfere import METRICS, conflict_rates, within_across
+from workbench.intervals import standard_ranks
 from workbench.learning import averages, by_layer, verdict
 from workbench.models import HookedModel
 from workbench.reporting import places, publish
@@ -72,10 +75,11 @@ class Study:
     @cached_property
     def interference(self) -> xr.Dataset:
         """Every measure, each kept as soon as it is done."""
-        parts = [self._measured(metric) for metric in self.asked.metrics]
+        parts = [self.measured(metric) for metric in self.asked.metrics]
         return xr.concat(parts, dim="metric", data_vars="minimal", coords="minimal", compat="override", join="exact")
 
-    def _measured(self, metric: str) -> xr.Dataset:
+    def measured(self, metric: str) -> xr.Dataset:
+        """One measure, read where it is stored already."""
         folder = self.asked.out / f"interference_{metric}.zarr"
         options: dict[str, Any] = {"permutations": self.asked.permutations, "seed": self.asked.seed}
         if kind_of(folder) is not None:
@@ -86,6 +90,14 @@ class Study:
         found = wb.interference(self.model, self.facts, self.attribution, metrics=[metric], **options)
         save_result(found, folder, kind="interference")
         return found
+
+    def first_order(self) -> pd.DataFrame:
+        """How well suppression to first order tells the whole drop: rank correlation over ordered pairs, per layer."""
+        exact, linear = (self.measured(metric)["value"][0] for metric in ("suppression", "linear_suppression"))
+        apart = ~np.eye(len(self.facts), dtype=bool)
+        ranks = [np.stack([standard_ranks(layer[apart]) for layer in found.values]) for found in (exact, linear)]
+        rho = (ranks[0] * ranks[1]).sum(1)
+        return pd.DataFrame({"layer": exact["layer"].values, "rho": rho})
 
     @cached_property
     def harm(self) -> xr.Dataset:
@@ -151,6 +163,7 @@ def main(arguments: list[str] | None = None) -> Path:
     advice = study.advice()
     settings = {name: value for name, value in vars(asked).items() if name not in ("out", "figures", "lre")}
     settings |= {name: Path(settings[name]).name for name in ("model", "facts")}  # no folders of this machine
+    tables = [frame.drop(columns=["n_facts", "splits", "seed"]), averages(per_fact), per_layer, advice]
     about = {
         **provenance(),
         "settings": settings,
@@ -164,7 +177,13 @@ def main(arguments: list[str] | None = None) -> Path:
     publish(advice_by_layer(advice), advice, "interference_study_layers", asked.figures, about)
     measured = within_across(study.interference)
     publish(interference_by_layer(measured), measured, "interference_study_measures", asked.figures, about)
-    for table in (frame.drop(columns=["n_facts", "splits", "seed"]), averages(per_fact), per_layer, advice):
+    if "gradient" in asked.metrics:
+        rates = conflict_rates(study.measured("gradient"))
+        publish(conflicts_by_layer(rates), rates, "interference_study_conflicts", asked.figures, about)
+        tables.append(rates)
+    if {"suppression", "linear_suppression"} <= set(asked.metrics):
+        tables.append(study.first_order())
+    for table in tables:
         print(table.to_string(index=False, float_format=lambda x: f"{x:.3g}"))
     print(verdict(frame))
     return written[0]

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +18,7 @@ from test_selection_aware import collisions
 from tiny import FACTS, saved, tiny
 
 from workbench import figures
+from workbench.interfere import conflict_rates
 from workbench.intervals import standard_ranks
 from workbench.learning import behaviour, harm, layer_advice, predicts, quotas, verdict
 from workbench.results import open_result, open_store, save_result
@@ -272,7 +274,8 @@ def test_the_study_publishes_and_does_only_what_is_missing(
     saved(tmp_path / "tiny")
     FACTS.save(tmp_path / "facts.jsonl")
     options = ["--smoke", "--model", str(tmp_path / "tiny"), "--facts", str(tmp_path / "facts.jsonl")]
-    options += ["--metrics", "cosine", "gradient", "--out", str(tmp_path / "runs"), "--figures", str(tmp_path / "f")]
+    metrics = ["cosine", "gradient", "linear_suppression", "suppression"]
+    options += ["--metrics", *metrics, "--out", str(tmp_path / "runs"), "--figures", str(tmp_path / "f")]
     page = study.main(options)
     assert page == tmp_path / "f" / "interference_study.html"
     said = capsys.readouterr().out
@@ -280,6 +283,14 @@ def test_the_study_publishes_and_does_only_what_is_missing(
     assert {"cosine", "gradient", "first-order harm", "near in meaning"} <= set(frame["measure"])
     assert verdict(frame) in said
     assert (tmp_path / "f" / "interference_study_layers.html").exists()
+    rates = conflict_rates(open_result(tmp_path / "runs" / "interference_gradient.zarr"))
+    told = pd.read_csv(tmp_path / "f" / "interference_study_conflicts.csv")
+    pd.testing.assert_frame_equal(told, rates, check_dtype=False)
+    stored = [open_result(tmp_path / "runs" / f"interference_{name}.zarr") for name in metrics[2:]]
+    linear, exact = (found["value"][0] for found in stored)
+    apart = ~np.eye(exact.sizes["fact"], dtype=bool)
+    rho = pd.Series(exact[1].values[apart]).rank().corr(pd.Series(linear[1].values[apart]).rank())
+    assert re.search(rf"\b1 +{rho:.3g}\b", said)  # layer 1 of how well the first order tells the whole drop
     about = page.with_suffix(".json").read_text(encoding="utf-8")
     assert "verdict" in about
     assert str(tmp_path) not in about

@@ -121,7 +121,7 @@ def averages(per_fact: pd.DataFrame) -> pd.DataFrame:
     Returns:
         Frame with metric, n, mean, its 95% interval over facts low..high, the central 95% of the null
         null_low..null_high and a two-sided p_value: exchanges of alone and together for interference and expression,
-        shuffled facts for suppression (see `behaviour`; missing where the frame was read from a file, which has no
+        shuffled facts for suppression (see `behaviour`; missing where the frame was read from a .csv, which keeps no
         attributes).
     """
     gained, moved = ((per_fact[f"margin_{name}"] - per_fact["margin_before"]).to_numpy() for name in ("alone", "joint"))
