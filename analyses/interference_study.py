@@ -4,8 +4,9 @@ For one set of facts (invented ones, and with --lre known ones from files in the
 by every measure there is, the harm of learning each fact alone, what learning them together does, the table and the
 verdict of the prediction, and the layers to train. Publishes `figures/interference_study.*` (the prediction),
 `figures/interference_study_measures.*` (every measure per layer, with intervals and nulls),
-`figures/interference_study_conflicts.*` (how many gradients conflict) and `figures/interference_study_layers.*` (the
-advice); a second start does only what is missing.
+`figures/interference_study_conflicts.*` (how many gradients conflict), `figures/interference_study_behaviour.*` (what
+learning together does to each layer) and `figures/interference_study_layers.*` (the advice); a second start does only
+what is missing.
 
     python analyses/interference_study.py --lre FOLDER    # the full study
     python analyses/interference_study.py --smoke         # the same way on few facts and steps, for tests
@@ -22,7 +23,13 @@ import pandas as pd
 import xarray as xr
 
 import workbench as wb
-from workbench.figures import advice_by_layer, conflicts_by_layer, interference_by_layer, prediction
+from workbench.figures import (
+    advice_by_layer,
+    behaviour_by_layer,
+    conflicts_by_layer,
+    interference_by_layer,
+    prediction,
+)
 from workbench.interfere import METRICS, conflict_rates, within_across
 from workbench.intervals import standard_ranks
 from workbench.learning import averages, by_layer, verdict
@@ -92,12 +99,18 @@ class Study:
         return found
 
     def first_order(self) -> pd.DataFrame:
-        """How well suppression to first order tells the whole drop: rank correlation over ordered pairs, per layer."""
-        exact, linear = (self.measured(metric)["value"][0] for metric in ("suppression", "linear_suppression"))
-        apart = ~np.eye(len(self.facts), dtype=bool)
-        ranks = [np.stack([standard_ranks(layer[apart]) for layer in found.values]) for found in (exact, linear)]
-        rho = (ranks[0] * ranks[1]).sum(1)
-        return pd.DataFrame({"layer": exact["layer"].values, "rho": rho})
+        """How well suppression to first order tells the whole drop, over ordered pairs of different facts, per layer.
+
+        Rank correlation, correlation, mean |drop| (nats) and mean distance between the two (nats); empty without both.
+        """
+        names = ("suppression", "linear_suppression")
+        both = [self.measured(name)["value"][0] for name in names] if {*names} <= {*self.asked.metrics} else []
+        apart, rows = ~np.eye(len(self.facts), dtype=bool), []
+        for layer in both[0]["layer"].values if both else ():
+            exact, linear = (value.sel(layer=layer).values[apart].astype(np.float64) for value in both)
+            rho, r = float(standard_ranks(exact) @ standard_ranks(linear)), np.corrcoef(exact, linear)[0, 1]
+            rows.append((int(layer), rho, float(r), float(np.abs(exact).mean()), float(np.abs(exact - linear).mean())))
+        return pd.DataFrame(rows, columns=["layer", "rho", "r", "mean_drop", "mean_gap"])
 
     @cached_property
     def harm(self) -> xr.Dataset:
@@ -107,8 +120,10 @@ class Study:
     def behaviour(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """The new facts, alone against together."""
         files = [self.asked.out / f"behaviour_{name}.parquet" for name in ("facts", "layers")]
-        if not all(file.exists() for file in files):
-            options = {name: getattr(self.asked, name) for name in ("steps", "permutations", "seed")}
+        options = {name: getattr(self.asked, name) for name in ("steps", "permutations", "seed")}
+        made = {**options, "fact_digest": self.taught.digest, "model_digest": self.model.digest}
+        there = [load_frame(file).attrs if file.exists() else {} for file in files]
+        if any({name: found.get(name) for name in made} != made for found in there):
             for frame, file in zip(wb.behaviour(self.model, self.taught, **options), files, strict=True):
                 save_frame(frame, file)
         one, two = (load_frame(file) for file in files)
@@ -163,7 +178,8 @@ def main(arguments: list[str] | None = None) -> Path:
     advice = study.advice()
     settings = {name: value for name, value in vars(asked).items() if name not in ("out", "figures", "lre")}
     settings |= {name: Path(settings[name]).name for name in ("model", "facts")}  # no folders of this machine
-    tables = [frame.drop(columns=["n_facts", "splits", "seed"]), averages(per_fact), per_layer, advice]
+    first_order = study.first_order()
+    tables = [frame.drop(columns=["n_facts", "splits", "seed"]), averages(per_fact), per_layer, advice, first_order]
     about = {
         **provenance(),
         "settings": settings,
@@ -172,17 +188,17 @@ def main(arguments: list[str] | None = None) -> Path:
         "learning_rate": study.harm.attrs["rate_used"],
         "verdict": verdict(frame),
         "behaviour": averages(per_fact).to_dict("records"),
+        "first_order": first_order.to_dict("records"),
     }
     written = publish(prediction(frame), frame, "interference_study", asked.figures, about)
     publish(advice_by_layer(advice), advice, "interference_study_layers", asked.figures, about)
+    publish(behaviour_by_layer(per_layer), per_layer, "interference_study_behaviour", asked.figures, about)
     measured = within_across(study.interference)
     publish(interference_by_layer(measured), measured, "interference_study_measures", asked.figures, about)
     if "gradient" in asked.metrics:
         rates = conflict_rates(study.measured("gradient"))
         publish(conflicts_by_layer(rates), rates, "interference_study_conflicts", asked.figures, about)
         tables.append(rates)
-    if {"suppression", "linear_suppression"} <= set(asked.metrics):
-        tables.append(study.first_order())
     for table in tables:
         print(table.to_string(index=False, float_format=lambda x: f"{x:.3g}"))
     print(verdict(frame))

@@ -113,6 +113,25 @@ def test_the_figure_leaves_out_measures_without_a_difference_and_refuses_nothing
         figures.interference_by_layer(given.iloc[:0])
 
 
+def test_behaviour_is_drawn_over_its_nulls() -> None:
+    given = pd.DataFrame(
+        {"layer": [1, 0, 2], "suppression": [0.5, np.nan, 0.1], "low": 0.0, "high": 0.6, "null_low": [0.2, np.nan, 0.2],
+         "null_high": 0.7, "q_value": [0.5, np.nan, 0.01], "rank_change": [-1.0, 0.0, -2.0], "rank_low": -3.0,
+         "rank_high": 0.0, "rank_null_low": [-0.5, np.nan, -0.5], "rank_null_high": 0.5, "rank_q": [0.01, np.nan, 0.9]}
+    )  # fmt: skip
+    fig = figures.behaviour_by_layer(given)
+    assert [axis.title.text for axis in fig.select_yaxes()] == ["suppression", "change of rank"]
+    bands, points = fig.data[::2], fig.data[1::2]
+    assert [list(one.x) for one in points] == [[1, 2], [1, 2]]  # what learning left as it was is not drawn
+    assert [list(one.y) for one in points] == [[0.5, 0.1], [-1.0, -2.0]]
+    assert [list(one.marker.symbol) for one in points] == [["circle-open", "circle"], ["circle", "circle-open"]]
+    assert [sorted(set(one.y)) for one in bands] == [[0.2, 0.7], [-0.5, 0.5]]
+    with pytest.raises(ValueError, match="learning moved nothing in any layer"):
+        figures.behaviour_by_layer(given.iloc[[1]])
+    with pytest.raises(ValueError, match="has no column 'rank_q'"):
+        figures.behaviour_by_layer(given.drop(columns="rank_q"))
+
+
 def test_the_benchmark_times_every_measure(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "cache"))
     written = script("benchmarks", "interference").main(["--smoke", "--out", str(tmp_path), "--metrics", *METRICS])

@@ -1,6 +1,7 @@
 """Every measure of interference: what all must promise, and each against a second, literal way."""
 
 import inspect
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -225,7 +226,7 @@ def test_conflict_rates_are_shares_of_pairs(llama) -> None:
     assert row["n_pairs"] == 28
     assert row["low"] < row["conflict_rate"] < row["high"]
     assert 0 < row["chance"] < 1
-    assert row["matched_chance"] == found.attrs["conflict_matched"][1]
+    assert row["matched_chance"] == float(found["conflict_matched"].sel(metric="gradient", layer=1))
     for chance, p, draws in (("chance", "p_value", 19), ("matched_chance", "matched_p", gradients.MATCHED)):
         assert row[p] == share_by_chance(row["conflict_rate"], row[chance], 28, draws)
     # a pair in relation is a pair of facts whose relation is shuffled: literally, by the result's own draws
@@ -241,40 +242,72 @@ def test_conflict_rates_are_shares_of_pairs(llama) -> None:
     table = conflict_rates(found)
     for p, q in (("p_value", "q_value"), ("matched_p", "matched_q"), ("relation_p", "relation_q")):
         assert table[q].tolist() == pytest.approx(benjamini_hochberg(table[p].to_numpy()).tolist())
-    other = conflict_rates(found, metric="superposition")  # its draws' shares are not kept
-    assert other[["chance", "p_value", "q_value", "matched_p"]].isna().all(axis=None)
-    assert other["relation_p"].between(0, 1).all()
+    turned = conflict_rates(found.isel(layer=[2, 1])).set_index("layer").loc[1]  # a layer keeps its own chance
+    assert (
+        turned[["conflict_rate", "chance", "p_value"]].tolist() == row[["conflict_rate", "chance", "p_value"]].tolist()
+    )
+    with pytest.raises(ValueError, match="These are 3 of the 8 facts"):
+        conflict_rates(found.isel(fact=[0, 1, 2], other=[0, 1, 2]))
+    other = conflict_rates(found, metric="superposition")
+    assert other[["chance", "p_value", "q_value", "matched_p", "relation_p"]].stack().between(0, 1).all()
+    before = conflict_rates(found.drop_vars(["conflict_chance", "conflict_matched"]))  # as results were before
+    assert before[["chance", "p_value", "q_value", "matched_p"]].isna().all(axis=None)
     with pytest.raises(ValueError, match="no 'gradient', only cosine"):
         conflict_rates(found.sel(metric=["cosine"]))
 
 
-def conflicts(n: int, units: int, planted: bool, seed: int) -> tuple[float, float, float]:
-    """The share of conflicts among facts of two tokens each, and what `_found` says chance gives, free and matched."""
+def conflicts(n: int, shared: float, seed: int, planted: bool = False) -> list[float]:
+    """p-values of the share of conflicts among facts of two tokens each, free and matched.
+
+    The more all slopes have in common and all keys lie on one side, the fewer pairs conflict by chance.
+    """
     generator = torch.Generator().manual_seed(seed)
-    slope = torch.randn(2 * n, 6, generator=generator) + 0.3  # slopes alone do not lie at random
-    key = torch.randn(2 * n, units, generator=generator) ** 3  # few units carry most, as in a model
+    slope = torch.randn(2 * n, 6, generator=generator) + 3 * shared * torch.ones(6)
+    key = torch.randn(2 * n, 48, generator=generator) ** 3 + shared  # few units carry most, as in a model
     if planted:  # one unit that all facts share, with the same slope: no conflict is left
         key[:, 3], slope[:] = 40.0, slope[:1]
     owner = torch.arange(2 * n) // 2
     found = gradients._found((slope, key), owner, n, np.random.default_rng(seed))
     rate = float((found.value[np.triu_indices(n, 1)] < 0).mean())
-    return rate, *(float(np.ravel(found.notes[name])[0]) for name in ("conflict_chance", "conflict_matched"))
+    n_pairs = n * (n - 1) // 2
+    return [
+        share_by_chance(rate, float(np.mean([draw.below for draw in null])), n_pairs, len(null))
+        for null in (found.free, found.matched)
+    ]
 
 
-def test_conflict_rates_are_called_as_often_as_chance_allows_and_where_planted() -> None:
-    """Of 200 results without anything shared at 0.05, more than 19 has a chance below 0.003; the bound is a little
-    wide, because not every pair is as likely in conflict as all are in the mean.
+@pytest.mark.parametrize("shared", [0.0, 0.5])
+def test_conflict_rates_are_called_no_more_often_than_chance_allows_and_where_planted(shared: float) -> None:
+    """Of 200 results without anything shared, more than 19 at 0.05 has a chance below 0.003, as has more than 3 at
+    0.05/30; there may be fewer, because not every pair is as likely in conflict as all are in the mean.
     """
-    called = matched = 0
-    for seed in range(200):
-        rate, chance, near = conflicts(12, 48, False, seed)
-        called += share_by_chance(rate, chance, 66, 19) <= 0.05
-        matched += share_by_chance(rate, near, 66, gradients.MATCHED) <= 0.05
-    assert 1 <= called <= 19
-    assert 1 <= matched <= 19
-    rate, chance, _ = conflicts(12, 48, True, 0)
-    assert rate == 0
-    assert share_by_chance(rate, chance, 66, 19) < 1e-6
+    p = np.array([conflicts(8, shared, seed) for seed in range(200)])
+    assert ((p <= 0.05).sum(0) <= 19).all()
+    assert ((p <= 0.05 / 30).sum(0) <= 3).all()
+    assert shared or (p <= 0.2).any(0).all()  # it is no test that never calls
+    assert conflicts(8, 0.0, 0, planted=True)[0] < 1e-4
+
+
+@pytest.mark.parametrize(("n_pairs", "chance", "n_draws"), [(28, 0.02, 4), (10, 0.05, 4), (21, 0.5, 4), (15, 0.1, 1)])
+def test_the_test_of_a_share_is_exact(n_pairs: int, chance: float, n_draws: int) -> None:
+    """Over all that could be seen: a p-value of at most a level has at most that chance, also far out."""
+
+    def binomial(n: int) -> list[float]:
+        return [math.comb(n, k) * chance**k * (1 - chance) ** (n - k) for k in range(n + 1)]
+
+    n_others = n_pairs * n_draws
+    called = dict.fromkeys((0.05, 0.01, 0.05 / 30), 0.0)
+    for below, one in enumerate(binomial(n_others)):
+        if one < 1e-9:
+            continue
+        for seen, other in enumerate(binomial(n_pairs)):
+            p = share_by_chance(seen / n_pairs, below / n_others, n_pairs, n_draws)
+            ways = [math.comb(n_pairs, k) * math.comb(n_others, seen + below - k) for k in range(seen + below + 1)]
+            assert p == pytest.approx(sum(way for way in ways if way <= ways[seen]) / sum(ways))  # by counting
+            for level in called:
+                called[level] += one * other * (p <= level)
+    assert all(share <= level for level, share in called.items())
+    assert called[0.05] > 0
 
 
 def test_a_share_of_pairs_in_draws_varies_as_the_binomial_share_says() -> None:

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -200,10 +199,16 @@ def test_commands_say_what_the_functions_say(
     np.testing.assert_allclose(stored["harm"], expected["harm"], atol=1e-5)
     assert call(monkeypatch, "harm", *on, "--out", tmp_path / "harm") == 1
     assert "other settings, it differs in steps" in capsys.readouterr().err
-    assert call(monkeypatch, "behaviour", *on, "--steps", 1, "--rate", 0.01, "--out", tmp_path / "b.csv") == 0
+    how = ("--steps", 1, "--rate", 0.01, "--permutations", 20)
+    assert call(monkeypatch, "behaviour", *on, *how, "--out", tmp_path / "b.csv") == 0
     assert "suppression" in capsys.readouterr().out
-    alone = behaviour(tiny("llama"), FACTS, steps=1, rate=0.01, progress=False)[0]
+    alone, by_layer = behaviour(tiny("llama"), FACTS, steps=1, rate=0.01, permutations=20, progress=False)
     np.testing.assert_allclose(pd.read_csv(tmp_path / "b.csv")["interference"], alone["interference"], atol=1e-5)
+    kept = pd.read_csv(tmp_path / "b_layers.csv")
+    np.testing.assert_allclose(kept[["p_value", "rank_p"]], by_layer[["p_value", "rank_p"]])
+    (tmp_path / "c_layers.csv").mkdir()
+    assert call(monkeypatch, "behaviour", *on, "--out", tmp_path / "c.csv") == 1  # before any work
+    assert "c_layers.csv is a folder" in capsys.readouterr().err
 
 
 def test_predict_and_advise_read_stored_results(
@@ -289,8 +294,12 @@ def test_the_study_publishes_and_does_only_what_is_missing(
     stored = [open_result(tmp_path / "runs" / f"interference_{name}.zarr") for name in metrics[2:]]
     linear, exact = (found["value"][0] for found in stored)
     apart = ~np.eye(exact.sizes["fact"], dtype=bool)
-    rho = pd.Series(exact[1].values[apart]).rank().corr(pd.Series(linear[1].values[apart]).rank())
-    assert re.search(rf"\b1 +{rho:.3g}\b", said)  # layer 1 of how well the first order tells the whole drop
+    one, two = (pd.Series(value[1].values[apart].astype(float)) for value in (exact, linear))
+    told = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))["first_order"][1]
+    expected = {"layer": 1, "rho": one.rank().corr(two.rank()), "r": one.corr(two)}
+    expected |= {"mean_drop": one.abs().mean(), "mean_gap": (one - two).abs().mean()}
+    assert told == pytest.approx(expected)
+    assert (tmp_path / "f" / "interference_study_behaviour.html").exists()
     about = page.with_suffix(".json").read_text(encoding="utf-8")
     assert "verdict" in about
     assert str(tmp_path) not in about
@@ -304,3 +313,5 @@ def test_the_study_publishes_and_does_only_what_is_missing(
     told = study.wb.predicts(again.interference, again.harm, **kinds)
     pd.testing.assert_frame_equal(told, frame, check_dtype=False)
     assert len(again.behaviour()[0]) == 8
+    with pytest.raises(pytest.fail.Exception, match="computed again"):  # of another seed it is not kept
+        study.Study(study.parsed([*options, "--seed", "1"])).behaviour()

@@ -407,6 +407,7 @@ def test_measures_that_are_no_overlap_and_what_runs_of_before_left(run, tmp_path
     assert "low values are the harmful ones" not in text
     assert "are not judged" not in text
     assert "conflicts" not in embedded(text)
+    assert "This run did not measure gradients (interference.metrics)." in text
 
 
 def test_conflicts_are_told_against_both_nulls_and_by_relation():

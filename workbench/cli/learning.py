@@ -72,19 +72,26 @@ def behaviour_command(
     steps: Steps = 5,
     rate: Rate = None,
     layers: Layers = None,
+    permutations: Annotated[int, Parameter(help="draws of the nulls", validator=Number(gte=1))] = 999,
     out: Out = None,
     asked: Asked = Asked(),
 ) -> None:
-    """Compare what facts become when learnt alone and when learnt together; --out keeps the table of every fact."""
+    """Compare what facts become when learnt alone and when learnt together.
+
+    --out keeps the table of every fact, and beside it, as <name>_layers, that of every layer.
+    """
     check_table(out, facts)
+    by_layer = None if out is None else out.with_stem(f"{out.stem}_layers")
+    check_table(by_layer, facts)
     opened, chosen = model_and_facts(model, facts, asked)
     from workbench.learning import averages, behaviour
 
-    options: dict[str, Any] = {"layers": layers, "seed": asked.seed, "progress": not asked.quiet}
-    per_fact, per_layer = behaviour(opened, chosen, steps=steps, rate=rate, **options)
+    options: dict[str, Any] = {"permutations": permutations, "seed": asked.seed, "progress": not asked.quiet}
+    per_fact, per_layer = behaviour(opened, chosen, steps=steps, rate=rate, layers=layers, **options)
     show(per_layer)
     show(averages(per_fact))
     write_table(per_fact, out)
+    write_table(per_layer, by_layer)
 
 
 @app.command(name="predict")

@@ -16,7 +16,7 @@ from workbench.figures.change import (
     text_damage,
     training_curves,
 )
-from workbench.figures.interference import conflicts_by_layer, interference_by_layer
+from workbench.figures.interference import behaviour_by_layer, conflicts_by_layer, interference_by_layer
 from workbench.figures.interventions import neuron_effects, suppression_curves
 from workbench.figures.knowledge import (
     load_and_selection,
@@ -41,6 +41,7 @@ __all__ = [
     "agreement_map",
     "agreement_profiles",
     "before_after",
+    "behaviour_by_layer",
     "blame_by_layer",
     "conflicts_by_layer",
     "direct_bars",

@@ -9,6 +9,11 @@ from plotly.subplots import make_subplots
 from workbench.figures.style import BLUE, GREY, ORANGE, PURPLE, band, check, error_bars, plain, styled
 
 COLUMNS = ("metric", "layer", "difference", "low", "high", "null_low", "null_high", "q_value")
+#: What is drawn of behaviour, a row each: the columns that stand for a difference with its interval, null and q-value.
+BEHAVIOUR = {
+    "suppression": ("suppression", "low", "high", "null_low", "null_high", "q_value"),
+    "change of rank": ("rank_change", "rank_low", "rank_high", "rank_null_low", "rank_null_high", "rank_q"),
+}
 CONFLICTS = ("layer", "conflict_rate", "low", "high", "chance", "matched_chance", "q_value")
 
 
@@ -23,30 +28,50 @@ def interference_by_layer(frame: pd.DataFrame, level: float = 0.05) -> go.Figure
     known = frame[frame["difference"].notna()]
     if known.empty:
         raise ValueError("There is nothing to draw for interference by layer: the facts are of one relation.")
-    metrics = list(known["metric"].unique())
+    return _against_nulls(known, level, "within minus across, 95% interval", "shuffled relations, 95%")
+
+
+def behaviour_by_layer(per_layer: pd.DataFrame, level: float = 0.05) -> go.Figure:
+    """Draw what learning together does to a layer: how much is suppressed, and how the effective rank changes.
+
+    Columns: those of the second frame of `behaviour`. Bars are 95% intervals over facts, the bands what its nulls give;
+    layers with a q-value of at most `level` are filled and orange. Layers that learning left as they were are left out.
+    """
+    check(per_layer, "behaviour by layer", ("layer", *(name for names in BEHAVIOUR.values() for name in names)))
+    drawn = ["layer", *COLUMNS[2:]]
+    parts = [
+        per_layer[["layer", *names]].set_axis(drawn, axis=1).assign(metric=row) for row, names in BEHAVIOUR.items()
+    ]
+    moved = pd.concat(parts, ignore_index=True).dropna(subset=["null_low"])
+    if moved.empty:
+        raise ValueError("There is nothing to draw for behaviour by layer: learning moved nothing in any layer.")
+    return _against_nulls(moved, level, "together against alone, 95% interval", "null, 95%")
+
+
+def _against_nulls(frame: pd.DataFrame, level: float, name: str, null_name: str) -> go.Figure:
+    """A row a metric: a value per layer with its interval, over the band of its null."""
+    metrics = list(frame["metric"].unique())
     fig = make_subplots(len(metrics), 1, shared_xaxes=True, vertical_spacing=0.08 / len(metrics))
     for row, metric in enumerate(metrics, start=1):
-        rows = known[known["metric"] == metric].sort_values("layer")
-        called = rows["q_value"] <= level
-        name = plain(metric, 28)
-        null = band(rows["layer"], rows["null_low"], rows["null_high"], GREY, "shuffled relations, 95%", row == 1)
-        fig.add_trace(null, row, 1)
+        rows = frame[frame["metric"] == metric].sort_values("layer")
+        label = plain(metric, 28)
+        fig.add_trace(band(rows["layer"], rows["null_low"], rows["null_high"], GREY, null_name, row == 1), row, 1)
         fig.add_scatter(
             x=rows["layer"],
             y=rows["difference"],
             mode="lines+markers",
-            name="within minus across, 95% interval",
+            name=name,
             legendgroup="difference",
             showlegend=row == 1,
             line={"color": BLUE, "width": 1},
-            marker=_marks(called),
+            marker=_marks(rows["q_value"] <= level),
             error_y={**error_bars(rows, "difference"), "color": BLUE},
             customdata=rows["q_value"],
-            hovertemplate=f"layer %{{x}}, {name}: %{{y:.3g}} (q = %{{customdata:.2g}})<extra></extra>",
+            hovertemplate=f"layer %{{x}}, {label}: %{{y:.3g}} (q = %{{customdata:.2g}})<extra></extra>",
             row=row,
             col=1,
         )
-        fig.update_yaxes(title=name, zeroline=True, row=row, col=1)
+        fig.update_yaxes(title=label, zeroline=True, row=row, col=1)
     fig.update_xaxes(title="layer", row=len(metrics), col=1)
     return styled(fig, height=120 + 190 * len(metrics))
 

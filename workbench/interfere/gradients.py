@@ -71,10 +71,8 @@ def _found(rows: Rows, owner: Int[Tensor, " row"], n_facts: int, generator: np.r
     products = inner_products(slope, key, owner, n_facts)
     size = key.abs().double().mean(0).numpy()
     nulls = by_chance(again, n_facts, size, generator=generator, matched=MATCHED)
-    rates = [[float(np.mean([draw.below for draw in null]))] for null in nulls]
-    below = dict(zip(("conflict_chance", "conflict_matched"), rates, strict=True))
     norm = {"gradient_norm": np.sqrt(np.diag(products))}
-    return Found(_cosines(products), *nulls, "|activation| at every token", by_fact=norm, notes=below)
+    return Found(_cosines(products), *nulls, "|activation| at every token", by_fact=norm)
 
 
 def inner_products(

@@ -109,7 +109,8 @@ def interference(
         `p_value`, and `q_value` (Benjamini-Hochberg over the layers of the metric); `chance`, what the largest value of
         any two facts reaches when every fact's units are shuffled: what at most 5% of `unit_draws` draws exceed (an
         attribute, by metric; the largest of fewer than 20), and `matched_chance` when they are shuffled among units of
-        similar size only, in `matched_draws` draws; `expected`, the mean value of two facts when units are shuffled;
+        similar size only, in `matched_draws` draws; `expected`, the mean value of two facts when units are shuffled,
+        and `conflict_chance` and `conflict_matched`, the share of pairs below 0 in either (see `conflict_rates`);
         `level`, beyond which a pair collides, corrected over layers (see `colliding_pairs`; NaN for "suppression" of
         fewer than 19 `draws`). The attribute `matched_on` says by metric in what units are similar, as a mean over
         facts: |activation| where the attribution read it for "cosine" and "jaccard" (|score| without a model of these
@@ -160,6 +161,7 @@ def interference(
         attrs={
             **{k: attribution.attrs.get(k, "unknown") for k in ("unit", "method", "model_digest")},
             "fact_digest": problem.facts.digest,
+            "n_facts": len(ids),
             "top_percent": top,
             "permutations": permutations,
             "bootstrap_draws": DRAWS,
@@ -292,6 +294,8 @@ def _of_chance(nulls: Sequence[Sequence[Sequence[Draw]]], measure: Measure) -> d
         "chance": np.array([chance_level([draw.largest for draw in layer]) for layer in free]),
         "matched_chance": np.array([chance_level([draw.largest for draw in layer]) for layer in matched]),
         "expected": np.array([np.mean([draw.mean for draw in layer]) for layer in free]),
+        "conflict_chance": np.array([np.mean([draw.below for draw in layer]) for layer in free]),
+        "conflict_matched": np.array([np.mean([draw.below for draw in layer]) for layer in matched]),
         "level": measure.harmful * level,
     }
 

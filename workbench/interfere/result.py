@@ -16,7 +16,7 @@ COLUMNS = (
     "chance", "matched_chance", "expected", "level", "meaning_rho", "meaning_low", "meaning_high", "meaning_p",
     "meaning_q",
 )  # fmt: skip
-#: The nulls of a conflict rate: where a result has their shares and numbers of draws, and their columns.
+#: The nulls of a conflict rate: their shares in a result, their numbers of draws, and their columns.
 NULL_RATES = (
     ("conflict_chance", "unit_draws", ("chance", "p_value", "q_value")),
     ("conflict_matched", "matched_draws", ("matched_chance", "matched_p", "matched_q")),
@@ -111,30 +111,38 @@ def key_statistics(result: xr.Dataset) -> pd.DataFrame:
 def conflict_rates(result: xr.Dataset, *, metric: str = "gradient") -> pd.DataFrame:
     """Share of pairs of facts below 0, per layer, against what chance gives, and within relations against across.
 
-    A pair that is not symmetric is the mean of its two directions.
+    A pair that is not symmetric is the mean of its two directions. Shuffling neurons changes no sign that all neurons
+    share: where activations are never negative, as after a ReLU, the output's gradients decide most signs alone, and
+    the test against chance sees next to nothing.
 
     Returns:
         Frame with layer, n_pairs, and in three groups: `conflict_rate` with its 95% interval over facts `low`..`high`;
-        `chance` (the share in the draws of shuffled neurons) with the two-sided `p_value` and `q_value` of the rate
-        against it, and the same of neurons shuffled among those of similar size: `matched_chance`, `matched_p`,
-        `matched_q` (see `share_by_chance`; of "gradient" alone, NaN otherwise); the rates `within` and `across`
-        relations, their `difference` with its 95% interval over facts `difference_low`..`difference_high`, and
-        `relation_p` and `relation_q` against relations shuffled over facts. q is by Benjamini and Hochberg over layers.
+        `chance` (the share in the draws of shuffled units) with the two-sided `p_value` and `q_value` of the rate
+        against it, and the same of units shuffled among those of similar size: `matched_chance`, `matched_p`,
+        `matched_q` (see `share_by_chance`; NaN in results from before the shares were kept); the rates `within` and
+        `across` relations, their `difference` with its 95% interval over facts `difference_low`..`difference_high`,
+        and `relation_p` and `relation_q` against relations shuffled over facts. q is by Benjamini and Hochberg over
+        the layers there are.
 
     Raises:
-        ValueError: the result lacks this measure.
+        ValueError: the result lacks this measure, or was cut to fewer facts than its chance is of.
     """
     _asked(result, metric)
+    if result.attrs.get("n_facts", result.sizes["fact"]) != result.sizes["fact"]:
+        raise ValueError(
+            f"These are {result.sizes['fact']} of the {result.attrs['n_facts']} facts that chance was drawn for: "
+            "measure the interference of these facts by themselves."
+        )
     relations = groups(result["relation"].values)
     values = result["value"].sel(metric=metric).transpose("layer", "fact", "other").values
     below = (values + values.transpose(0, 2, 1) < 0).astype(np.float64)
     rates, n_pairs = in_pairs(below).mean(1), math.comb(len(relations), 2)
     low, high = np.transpose([mean_interval(layer) for layer in below])
     found = {"layer": result["layer"].values, "n_pairs": n_pairs, "conflict_rate": rates, "low": low, "high": high}
-    for attribute, drawn, (chance, p_value, q_value) in NULL_RATES:
+    for name, drawn, (chance, p_value, q_value) in NULL_RATES:
         shares = np.full(len(rates), np.nan)
-        if metric == "gradient" and attribute in result.attrs:
-            shares = np.ravel(result.attrs[attribute]).astype(np.float64)
+        if name in result:
+            shares = result[name].sel(metric=metric).values.astype(np.float64)
         draws = result.attrs.get(drawn, {}).get(metric, 1)
         found[chance] = shares
         found[p_value] = np.array([share_by_chance(*both, n_pairs, draws) for both in zip(rates, shares, strict=True)])

@@ -61,8 +61,9 @@ def behaviour(
     fact. The p-value is two-sided, by the distance from the mean over all pairings: little suppression is learning that
     stays a fact's own, much is learning that the others turn against; Benjamini-Hochberg over the layers gives q.
     Shuffling facts cannot change a mean of interference or of expression, nor a rank, so their null is another: alone
-    and together are exchanged for every fact at random, as if it made no difference which of the two a fact came from.
-    No units are chosen here, so there are none to match.
+    and together are exchanged for every fact at random, as if it made no difference which of the two a fact came from;
+    all facts are learnt together once, and it is for that one learning that these p-values hold. No units are chosen
+    here, so there are none to match.
 
     These are two frames and no measure of `interference`, because nothing here is of a pair: a fact is learnt alone or
     with all others, so there is no (fact, other) matrix for that dataset to hold, and it is what a model becomes, not
@@ -105,8 +106,9 @@ def behaviour(
     moved = torch.einsum("lfd,lfd->lf", moved_alone, moved_alone).mean(0).numpy()
     per_fact = _per_fact(facts, before, alone, joint, suppressed).assign(moved=moved)
     per_layer = _per_layer(moved_alone, moved_joint, permutations, seed)
+    settings = {"steps": steps, "rate": used, "permutations": permutations, "seed": seed}
     for frame in (per_fact, per_layer):
-        frame.attrs |= {"steps": steps, "rate": used, "permutations": permutations, "seed": seed}
+        frame.attrs |= {**settings, "model_digest": model.digest, "fact_digest": facts.digest}
     per_fact.attrs["suppression_null"] = _of_the_mean(moved_alone, moved_joint, permutations, seed)
     return per_fact, per_layer
 
@@ -121,8 +123,8 @@ def averages(per_fact: pd.DataFrame) -> pd.DataFrame:
     Returns:
         Frame with metric, n, mean, its 95% interval over facts low..high, the central 95% of the null
         null_low..null_high and a two-sided p_value: exchanges of alone and together for interference and expression,
-        shuffled facts for suppression (see `behaviour`; missing where the frame was read from a .csv, which keeps no
-        attributes).
+        shuffled facts for suppression (see `behaviour`). A frame that was read from a .csv has lost its attributes: the
+        exchanges are then 999 by seed 0, and the null of suppression is missing.
     """
     gained, moved = ((per_fact[f"margin_{name}"] - per_fact["margin_before"]).to_numpy() for name in ("alone", "joint"))
     values = per_fact["interference"].to_numpy(np.float64)

@@ -15,32 +15,37 @@ from workbench.reporting.words import listed, number, percent
 
 
 def measures(run: Artefacts) -> Section:
-    """Every measure within relations against across them, and how many gradients conflict, with nulls and intervals."""
+    """Every measure of interference within relations against across them, with nulls and intervals."""
     table = within_across(run.interference)
-    panels, about = [], []
-    if set(table.columns) >= {"low", "high", "q_value"} and table["difference"].notna().any():
-        drawn = figures.figure_json(figures.interference_by_layer(table))
-        text = findings.about_measures(table)
-        panels.append(Panel("measures", "Within minus across relations, by measure", drawn, text))
-        about += [
-            "Every measure of interference in its own units: bars are 95% bootstrap intervals over facts, the band is "
-            "what shuffled relations give, and filled orange layers differ at a false discovery rate of 5% over "
-            "layers. In the table, chance is what the largest value of two facts reaches when each fact's units are "
-            "shuffled, and level what a pair has to exceed to collide, corrected over layers."
-        ]
-        about += _levels(table)
-    if "gradient" in set(table["metric"]):
-        rates = conflict_rates(run.interference)
-        drawn = figures.figure_json(figures.conflicts_by_layer(rates))
-        panels.append(Panel("conflicts", "Pairs of facts whose gradients conflict", drawn, about_conflicts(rates)))
-        about += [
-            "Two facts conflict in a layer where a step that teaches the one unteaches the other. Filled orange layers "
-            "have more or fewer conflicts than shuffled neurons leave, at a false discovery rate of 5% over layers."
-        ]
-    if not panels:
+    if not set(table.columns) >= {"low", "high", "q_value"} or table["difference"].isna().all():
         told = "The facts are of one relation, or no two are, so that there is nothing to compare by measure."
         return Section("", "", "", absent=told)
-    return Section("", "", " ".join(about), panels, table, "interference.zarr")
+    drawn = figures.figure_json(figures.interference_by_layer(table))
+    panel = Panel("measures", "Within minus across relations, by measure", drawn, findings.about_measures(table))
+    about = (
+        "Every measure of interference in its own units: bars are 95% bootstrap intervals over facts, the band is what "
+        "shuffled relations give, and filled orange layers differ at a false discovery rate of 5% over layers. In the "
+        "table, chance is what the largest value of two facts reaches when each fact's units are shuffled, and level "
+        "what a pair has to exceed to collide, corrected over layers."
+    )
+    about += "".join(f" {sentence}" for sentence in _levels(table))
+    return Section("", "", about, [panel], table, "interference.zarr")
+
+
+def conflicts(run: Artefacts) -> Section:
+    """How many pairs of facts have gradients that conflict, against chance and by relation."""
+    if "gradient" not in {str(name) for name in np.atleast_1d(run.interference["metric"].values)}:
+        return Section("", "", "", absent="This run did not measure gradients (interference.metrics).")
+    rates = conflict_rates(run.interference)
+    drawn = figures.figure_json(figures.conflicts_by_layer(rates))
+    panel = Panel("conflicts", "Pairs of facts whose gradients conflict", drawn, about_conflicts(rates))
+    about = (
+        "Two facts conflict in a layer where a step that teaches the one unteaches the other. Bars are 95% intervals "
+        "over facts, and filled orange layers have more or fewer conflicts than shuffled neurons leave, at a false "
+        "discovery rate of 5% over layers. Shuffling changes no sign that all neurons share: after a ReLU, it shows "
+        "next to nothing."
+    )
+    return Section("", "", about, [panel], rates, "interference.zarr")
 
 
 def prediction(run: Artefacts) -> Section:

@@ -11,7 +11,7 @@ from workbench.attribution import by_layer, strongest
 from workbench.intervals import DRAWS, SEED, means
 from workbench.reporting import findings, tables
 from workbench.reporting.artefacts import Artefacts, has
-from workbench.reporting.collisions import advice, measures, prediction
+from workbench.reporting.collisions import advice, conflicts, measures, prediction
 from workbench.reporting.parts import Panel, Picker, Section
 from workbench.reporting.words import listed, number
 from workbench.selection import COLLISIONS, OVERLAPS
@@ -210,6 +210,7 @@ BUILDERS: tuple[tuple[Callable[[Artefacts], Section], str, tuple[str, ...]], ...
     (_overlap, "Interference between facts", ("interference",)),
     (_relations, "Within and across relations", ("interference",)),
     (measures, "Interference by measure", ("interference",)),
+    (conflicts, "Gradients that conflict", ("interference",)),
     (prediction, "Which measure predicts harm", ("prediction",)),
     (advice, "Which layers to train", ("advice",)),
     (_selection, "Load and selection", ("interference", "selections")),

@@ -97,6 +97,7 @@ INTERFERENCE = Schema(
         {
             **dict.fromkeys(("low", "high", "q_value", "chance", "matched_chance", "expected", "level"), _PER_LAYER),
             **dict.fromkeys(("meaning_rho", "meaning_low", "meaning_high", "meaning_p", "meaning_q"), _PER_LAYER),
+            **dict.fromkeys(("conflict_chance", "conflict_matched"), _PER_LAYER),
             "meaning": Variable(("fact", "other")),
             "gradient_norm": Variable(("layer", "fact")),
         }
