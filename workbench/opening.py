@@ -8,7 +8,7 @@ from typing import Any, cast
 from torch import nn
 
 from workbench.loki import load_adapted, merged_copy, read_config
-from workbench.models import PROBES, HookedModel, load_model, own_tokenizer
+from workbench.models import PROBES, HookedModel, lacks_tokenizer, load_model, own_tokenizer
 from workbench.results import load_json
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ def open_model(
 
     An adapter is merged into `base` if that is given, else into the model that it was trained on: `beside` if it is
     that model, or the one that the adapter names. A loaded model takes `tokenizer`, or that of `base` or `beside`, or
-    that of the folder it came from.
+    that of the folder it came from; a folder without one `tokenizer`, or that of `beside`.
 
     Raises:
         FileNotFoundError, ValueError: what cannot be opened, and the way out.
@@ -51,7 +51,11 @@ def open_model(
         merged, tokenizer = load_adapted(folder, base, dtype=dtype, device=device, tokenizer=tokenizer)
         cast(Any, merged).config._name_or_path = f"{folder} merged"
         return load_model(merged, tokenizer=tokenizer)
-    return load_model(str(getattr(model, "adapter", model)), device=device, dtype=dtype, tokenizer=tokenizer)
+    path = str(getattr(model, "adapter", model))
+    if tokenizer is None and beside is not None and lacks_tokenizer(path):  # as a Trainer's checkpoint
+        log.warning("%s has no tokenizer; that of %s is used.", path, beside.name)
+        tokenizer = beside.tokenizer
+    return load_model(path, device=device, dtype=dtype, tokenizer=tokenizer)
 
 
 def _trained_on(folder: Path, beside: HookedModel | None, device: str, dtype: str) -> HookedModel:

@@ -67,7 +67,17 @@ class Asked:
     seed: Seed = 0
     device: Annotated[str, Parameter(help="auto, cpu, cuda or mps")] = "auto"
     dtype: Annotated[str, Parameter(help="auto, float32, bfloat16, float16 or float64")] = "auto"
+    tokenizer: Annotated[
+        str | None, Parameter(help="a folder or name whose tokenizer is taken, for a model without its own")
+    ] = None
     quiet: Quiet = False
+
+    def how(self) -> dict[str, Any]:
+        """What `open_model` is told."""
+        from workbench.models import tokenizer_of
+
+        tokenizer = None if self.tokenizer is None else tokenizer_of(self.tokenizer)
+        return {"device": self.device, "dtype": self.dtype, "tokenizer": tokenizer}
 
 
 def show(frame: Any) -> None:
@@ -156,18 +166,24 @@ def model_and_facts(model: str, facts: str, asked: Asked) -> tuple[Any, Any]:
     chosen = load_facts(facts, format=asked.format)
     from workbench.opening import open_model
 
-    opened = open_model(model, device=asked.device, dtype=asked.dtype)
+    opened = open_model(model, **asked.how())
     return opened, narrowed(opened, chosen, asked)
 
 
 def two_models_and_facts(before: str, after: str, facts: str, asked: Asked) -> tuple[Any, Any, Any]:
-    """Two models, and the facts to ask both: which are known, and the chat template, are those of the first."""
+    """Two models, and the facts to ask both: which are known, and the chat template, are those of the first.
+
+    A folder without a tokenizer, as a Trainer's checkpoint is, is read by that of the other.
+    """
     from workbench.facts import load_facts
+    from workbench.models import lacks_tokenizer
     from workbench.opening import check_comparable, open_model
 
-    chosen = load_facts(facts, format=asked.format)
-    first = open_model(before, device=asked.device, dtype=asked.dtype)
-    second = open_model(after, beside=first, device=asked.device, dtype=asked.dtype)
+    chosen, how = load_facts(facts, format=asked.format), asked.how()
+    turned = how["tokenizer"] is None and lacks_tokenizer(before)
+    one = open_model(after if turned else before, **how)
+    other = open_model(before if turned else after, beside=one, **how)
+    first, second = (other, one) if turned else (one, other)
     check_comparable(first, second)
     return first, second, narrowed(first, chosen, asked)
 

@@ -4,15 +4,28 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from workbench.figures.style import BLUE, GREY, ORANGE, SYMBOLS, band, check, method_colour, method_name, plain, styled
+from workbench.figures.style import (
+    BLUE,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SYMBOLS,
+    band,
+    check,
+    method_colour,
+    method_name,
+    plain,
+    styled,
+)
 
 MEASURE_NAMES = {"cka": "linear CKA", "rsa": "RSA"}
 UNIT_NAMES = {
     "trained": "all trained units of the layer",
     "leaned": "those that the fact leans on",
-    "matched": "as many others, changed as much",
+    "paired": "of these, those that have partners",
+    "matched": "their partners: as many others, changed as much",
 }
-UNIT_COLOURS = {"trained": GREY, "leaned": BLUE, "matched": ORANGE}
+UNIT_COLOURS = {"trained": GREY, "leaned": BLUE, "paired": PURPLE, "matched": ORANGE}
 DRIFT_NAMES = {"logprob": "of the answer's log-probability", "state": "of the last hidden state"}
 
 
@@ -55,8 +68,8 @@ def drift_by_layer(frame: pd.DataFrame, metric: str = "d_layer") -> go.Figure:
 def blame_by_layer(frame: pd.DataFrame) -> go.Figure:
     """Draw which share of the drift comes back when trained units of one layer are reverted, with intervals over facts.
 
-    Columns: layer (rows without one are left out), units ("trained", "leaned", "matched"; others are left out), metric,
-    share, low, high (drawn in percent).
+    Columns: layer (rows without one are left out), units ("trained", "leaned", "paired", "matched"; others are left
+    out), metric, share, low, high (drawn in percent).
     """
     check(frame, "blame by layer", ("layer", "units", "metric", "share", "low", "high"))
     chosen = frame[frame["layer"].notna() & frame["units"].isin(list(UNIT_NAMES))]

@@ -15,7 +15,7 @@ from workbench.models.hooked import (
 )
 from workbench.models.loading import load_model, own_tokenizer
 from workbench.models.promises import check_finite, probe_ids
-from workbench.models.sources import default_model, list_models, load_hf
+from workbench.models.sources import default_model, lacks_tokenizer, list_models, load_hf, tokenizer_of
 
 __all__ = [
     "HALF",
@@ -30,6 +30,7 @@ __all__ = [
     "free_memory",
     "in_float32",
     "inputs_first",
+    "lacks_tokenizer",
     "list_models",
     "load_hf",
     "load_model",
@@ -38,4 +39,5 @@ __all__ = [
     "peak_memory",
     "probe_ids",
     "projection_widths",
+    "tokenizer_of",
 ]

@@ -100,6 +100,23 @@ def _find(text: str, revision: str | None, trust_remote_code: bool) -> tuple[Pat
     return _fetch_from_hub(text, revision, trust_remote_code), text
 
 
+def tokenizer_of(name_or_path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, whatever else it holds, of a `.gguf` file, the default model or a hub id."""
+    folder, name = _find(os.fspath(name_or_path), None, False)
+    if not _has_tokenizer(folder):
+        raise FileNotFoundError(f"{name} has no tokenizer (looked in {folder} for tokenizer.json and its kin)")
+    return read_tokenizer(folder, name)
+
+
+def lacks_tokenizer(folder: str | Path) -> bool:
+    """Whether this is the folder of a model, but not of its tokenizer, as a checkpoint of transformers' Trainer."""
+    return (Path(folder) / "config.json").is_file() and not _has_tokenizer(Path(folder))
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / file).is_file() for file in _TOKENIZER_FILES)
+
+
 def _fetch_from_hub(repo: str, revision: str | None, trust_remote_code: bool) -> Path:
     wanted = [*_FROM_THE_HUB, *(["*.py"] if trust_remote_code else [])]
     try:
@@ -156,10 +173,10 @@ def _check_files(folder: Path, name: str, *, needs_tokenizer: bool) -> None:
         missing = sorted(named - weights)
         if missing:
             raise FileNotFoundError(f"{name} lacks {', '.join(missing)}, which its index names; download it in full")
-    if needs_tokenizer and not files.intersection(_TOKENIZER_FILES):
+    if needs_tokenizer and not _has_tokenizer(folder):
         raise FileNotFoundError(
             f"{name} has no tokenizer (looked in {folder} for tokenizer.json and its kin); save it there with "
-            "`tokenizer.save_pretrained(folder)`, or pass tokenizer="
+            "`tokenizer.save_pretrained(folder)`, or pass tokenizer= (in commands about facts --tokenizer)"
         )
 
 

@@ -68,20 +68,22 @@ def attribute_drift(
     - `trained`: all trained units of the layer (of all layers where `layer` is missing). The weights themselves are
       reverted and put back to the bit, so what comes back is exact.
     - `leaned`: the `share` of the layer's trained units with the fact's largest |score| in `attribution`.
-    - `matched`: as many other trained units of the layer, drawn at random among those whose change is of the nearest
-      size for this fact: what the change of their weights adds to the layer's output at the last prompt token (nodes:
-      |change|; neurons: |activation| times the length of the changed value vector). `draws` times, by `seed`.
+    - `paired`: those of them that have partners among the other trained units, whose change is of like size for this
+      fact: what the change of their weights adds to the layer's output at the last prompt token (nodes: |change|;
+      neurons: |activation| times the length of the changed value vector).
+    - `matched`: as many of these others, drawn at random in bins of like size, `draws` times, by `seed`. Scores that
+      say nothing make no difference between the two (see `paired_and_matched`).
 
-    `leaned` and `matched` differ from fact to fact, so they are reverted in the layer's output, which equals reverting
-    the weights up to rounding. Units interact: the shares of layers need not add up to that of all layers, and what
-    other weights did (embeddings, attention, up-projections; counted in the log and in `attrs["elsewhere"]`) does not
-    come back here.
+    `leaned`, `paired` and `matched` differ from fact to fact, so they are reverted in the layer's output, which equals
+    reverting the weights up to rounding. Units interact: the shares of layers need not add up to that of all layers,
+    and what other weights did (embeddings, attention, up-projections; counted in the log and in `attrs["elsewhere"]`)
+    does not come back here.
 
     Rows of `metric`: with D the drift (after - before) and B what comes back (after - reverted), `logprob` (nats) and
     `d_soft` (the semantic distance, in the embedding of `before`, as `measure_drift` has it) have drift = D, back = B
     and share = B/D; `state` (the last hidden state at the last prompt token) has drift = |D|, share = <B, D>/|D|^2 and
     back = share * drift. Reverting nothing gives 0, reverting every weight that differs 1. The share is missing where
-    the drift is 0; average it with weights |drift|, as `drift_shares` does.
+    the drift is 0, and where no unit has a partner; average it with weights |drift|, as `drift_shares` does.
 
     Returns:
         Frame with fact, relation, layer, units, draw, n_units, size (mean over these units), metric, drift, back,
@@ -137,23 +139,27 @@ def drift_shares(frame: pd.DataFrame, *, draws: int = DRAWS, seed: int = SEED) -
     """The share of the facts' drift that comes back, per layer, units and metric, with intervals over facts.
 
     Shares are averaged with weights |drift|, so that what did not move counts for little. Matched draws are averaged
-    within a fact first; `difference` is leaned - matched of the same fact. Columns: layer, units, metric, n
-    (facts that drifted), n_units and size (means over facts), share, low, high (95% bootstrap over facts).
+    within a fact first; `difference` is paired - matched of the same fact. Columns: layer, units, metric, n
+    (facts that drifted and have such units), n_units and size (means over facts), share, low, high (95% bootstrap over
+    facts; missing where n is 0).
     """
     records = []
     for (layer, metric), rows in frame.groupby(["layer", "metric"], sort=False, dropna=False):
         drift = rows.groupby("fact", sort=False)["drift"].first().abs()
         drift = drift[drift > 0]
         shares = rows.groupby(["units", "fact"], sort=False)["share"].mean().unstack("units").reindex(drift.index)
-        if {"leaned", "matched"} <= set(shares):
-            shares["difference"] = shares["leaned"] - shares["matched"]
+        if {"paired", "matched"} <= set(shares):
+            shares["difference"] = shares["paired"] - shares["matched"]
         about = rows.groupby("units")[["n_units", "size"]].mean()
         for units in shares if len(drift) else []:
-            values, weights = shares[units].to_numpy(np.float64), drift.to_numpy(np.float64)
-            low, high = interval(values, weights, draws=draws, seed=seed)
-            mean = float(np.average(values, weights=weights))
+            there = shares[units].notna()
+            values, weights = (of[there].to_numpy(np.float64) for of in (shares[units], drift))
+            told = [np.nan] * 3
+            if len(values):
+                low, high = interval(values, weights, draws=draws, seed=seed)
+                told = [float(np.average(values, weights=weights)), float(low), float(high)]
             found = about.loc[units].tolist() if units in about.index else [np.nan, np.nan]
-            records.append((layer, units, metric, len(values), *found, mean, float(low), float(high)))
+            records.append((layer, units, metric, len(values), *found, *told))
     columns = ["layer", "units", "metric", "n", "n_units", "size", "share", "low", "high"]
     return pd.DataFrame(records, columns=columns).astype({"layer": "Int64"})
 
@@ -223,16 +229,18 @@ class _Trial:
         count = torch.stack([mask.sum(1) for mask in masks.values()]).sum(0)
         total = torch.stack([(self.size[layer] * mask).sum(1) for layer, mask in masks.items()]).sum(0)
         labels = labels.assign(n_units=count.numpy(), size=(total / count).double().numpy())
+        none = count == 0
         metrics: list[tuple[str, Tensor, Tensor, Tensor]] = []
         for metric, end, start, now in (
             ("logprob", self.end.logprob, self.start.logprob, found.logprob),
             ("d_soft", self.end.soft, self.start.soft, found.soft),
         ):
             drift, back = end - start, end - now
-            metrics.append((metric, drift, back, torch.where(drift != 0, back / drift, torch.nan)))
+            metrics.append((metric, drift, back, torch.where((drift == 0) | none, torch.nan, back / drift)))
         moved, returned = (self.end.state - place.state for place in (self.start, found))
         length = moved.double().norm(dim=1)
         part = torch.einsum("fd,fd->f", returned.double(), moved.double()) / length**2
+        part = torch.where(none, torch.nan, part)
         return [
             labels.assign(metric=metric, drift=whole.numpy(), back=some.numpy(), share=share.numpy())
             for metric, whole, some, share in (*metrics, ("state", length, part * length, part))

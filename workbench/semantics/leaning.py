@@ -1,6 +1,5 @@
 """Which trained units a fact leans on, and others to compare them with: as large a change, drawn at random."""
 
-import bisect
 from collections.abc import Sequence
 from functools import partial
 
@@ -16,7 +15,7 @@ from workbench.recollection import by_length
 from workbench.selection import Selection
 from workbench.semantics.reverting import Change
 
-NEAR = 4  # a matched unit is drawn among so many free ones whose change is of the nearest size
+NEAR = 4  # units in a bin of like size, in which matched ones are drawn
 
 
 @torch.no_grad()
@@ -69,38 +68,49 @@ def leaned_and_matched(
     draws: int,
     seed: int,
 ) -> dict[tuple[str, int | None], dict[int, Bool[Tensor, "fact chosen"]]]:
-    """Masks over trained units: those that each fact leans on, and the draws of others; small layers have none."""
-    found: dict[tuple[str, int | None], dict[int, Tensor]] = {("leaned", None): {}}
-    found |= {("matched", draw): {} for draw in range(draws)}
+    """Masks over trained units: those a fact leans on, of them those that have partners, and draws of these partners.
+
+    Small layers have none.
+    """
+    names: list[tuple[str, int | None]] = [("leaned", None), ("paired", None), *(("matched", i) for i in range(draws))]
+    found: dict[tuple[str, int | None], dict[int, Tensor]] = {name: {} for name in names}
     for layer, change in by_layer.items():
         n_units = len(change.index)
         k = max(1, int(share * n_units))
         if n_units < 2 * k:
             continue
-        masks = {key: torch.zeros(len(scores), n_units, dtype=torch.bool) for key in found}
+        masks = torch.zeros(len(names), len(scores), n_units, dtype=torch.bool)
         for fact, score in enumerate(scores[:, layer, change.index.cpu().numpy()]):
             leaned = np.lexsort((np.arange(n_units), -score))[:k]
-            masks["leaned", None][fact, leaned] = True
             generator = np.random.default_rng([seed, layer, fact])
-            for draw in range(draws):
-                masks["matched", draw][fact, matched(size[layer][fact].numpy(), leaned, generator)] = True
-        for key, mask in masks.items():
-            found[key][layer] = mask
+            sets = [leaned, *paired_and_matched(size[layer][fact].numpy(), leaned, draws, generator)]
+            for mask, units in zip(masks, sets, strict=True):
+                mask[fact, units] = True
+        for name, mask in zip(names, masks, strict=True):
+            found[name][layer] = mask
     return found
 
 
-def matched(
-    size: Float[np.ndarray, " unit"], chosen: Int[np.ndarray, " chosen"], generator: np.random.Generator
-) -> list[int]:
-    """As many units beside the chosen, each drawn among the free ones next to a chosen one in order of size.
+def paired_and_matched(
+    size: Float[np.ndarray, " unit"], chosen: Int[np.ndarray, " chosen"], draws: int, generator: np.random.Generator
+) -> list[Int[np.ndarray, " drawn"]]:
+    """Chosen units that have partners of their size, and as many others, `draws` times.
 
-    >>> matched(np.array([1.0, 1.1, 9.0, 9.1]), np.array([3, 1]), np.random.default_rng(0)) in ([0, 2], [2, 0])
-    True
+    Units are divided by size into bins of `NEAR` or a few more. Of every bin are drawn as many of the chosen as it has
+    others, at most all, and as many of the others. So whichever units were chosen, if by chance, the two are the same
+    draw of every bin: whatever is made of them, they differ by chance only. A chosen unit in a bin of chosen ones alone
+    has nothing to be compared with, and is in neither.
+
+    >>> size, chosen = np.array([1.0, 1.1, 9.0, 9.1, 1.2, 1.3, 9.2, 9.3]), np.array([2, 0, 3, 6, 7])
+    >>> [one.tolist() for one in paired_and_matched(size, chosen, 1, np.random.default_rng(0))][0]
+    [0]
     """
-    free = sorted(set(range(len(size))) - set(chosen.tolist()), key=lambda unit: (size[unit], unit))
-    drawn = []
-    for unit in generator.permutation(chosen):
-        at = bisect.bisect_left(free, size[unit], key=lambda other: size[other])
-        low = max(0, min(at - NEAR // 2, len(free) - NEAR))
-        drawn.append(free.pop(int(generator.integers(low, min(low + NEAR, len(free))))))
-    return drawn
+    marks = np.zeros(len(size), dtype=bool)
+    marks[chosen] = True
+    sets: list[list[np.ndarray]] = [[] for _ in range(1 + draws)]
+    for units in np.array_split(np.argsort(size, kind="stable"), max(1, len(size) // NEAR)):
+        inside, others = units[marks[units]], units[~marks[units]]
+        n = min(len(inside), len(others))
+        for place, one in enumerate(sets):
+            one.append(generator.permutation(others if place else inside)[:n])
+    return [np.concatenate(one) for one in sets]
