@@ -23,6 +23,7 @@ from workbench.finetuning import FineTune, finetune
 from workbench.results import load_frame, load_json, open_result
 from workbench.selection import Selection
 from workbench.semantics import semantic_distance
+from workbench.training import undone
 
 IDS = torch.tensor([[4, 5, 6, 7, 8]])
 TRAINING = TrainConfig(max_epochs=40, batch_size=4, learning_rate=2e-2, target_efficacy=0.8)
@@ -98,6 +99,15 @@ def test_a_watched_fine_tune_ends_within_its_bound(inputs, tmp_path) -> None:
         frame = load_frame(run.file("forgetting.parquet"))
         lost[name] = -frame[(frame["suite"] == "retained") & (frame["metric"] == "accuracy")]["change"].mean()
         assert run.file("trajectory.parquet").is_file() == bool(bounds)
+        watches = load_json(run.file("training.json")).get("watches", [])
+        told = [sentence for watch in watches for sentence in undone([watch])]
+        assert len(told) == len(watches) == bool(bounds)  # what was undone is said
+        card = run.file("README.md").read_text()
+        assert [line for line in card.splitlines() if "beyond the bound" in line] == [f"- {one}" for one in told]
+        for watch in watches:
+            assert (watch["end"]["step"], watch["end"]["within_bounds"]) == (watch["acted"][0]["restored_step"], True)
+            read = load_frame(run.file("trajectory.parquet"))["step"].unique()
+            assert list(read) == list(range(0, 2 * len(read), 2))  # every epoch, of two steps each
     assert lost["held"] == lost["near"] == 0 < lost["free"]
 
 
@@ -390,8 +400,15 @@ def test_a_saved_selection_says_what_its_units_are(inputs, tmp_path, monkeypatch
         (["--data", "fictional:3", "--rates", ","], "--rates takes numbers"),
         (["--data", "fictional:3", "--rates", ""], "--rates takes numbers"),
         (["--data", "fictional:3", "--rates", "1e-3", "--learning-rate", "5e-2"], "none is given beside them; leave"),
-        (["--data", "fictional:3", "--keep", "0.7"], "say how a --filter keeps facts; name one, or leave them out"),
-        (["--data", "fictional:3", "--filter-weight", "4"], "say how a --filter keeps facts; name one, or leave"),
+        (["--data", "fictional:3", "--keep", "0.7"], "--keep says how a --filter keeps facts; name a filter, or leave"),
+        (["--data", "fictional:3", "--filter-weight", "4"], "--filter-weight says how a --filter keeps facts; name a"),
+        (["--data", "fictional:3", "--filter-metric", "d_emb"], "--filter-metric says how a --filter keeps facts"),
+        (["--data", "fictional:3", "--filter-low", "0.1", "--filter", "spread"], "of the rule band alone, got 0.1"),
+        (["--data", "fictional:3", "--beta", "3"], "--beta is of --loss sample; leave it out beside --loss plain"),
+        (
+            ["--data", "fictional:3", "--loss", "soft", "--soft-weight", "2", "--gamma", "3"],
+            "--gamma is of --loss token",
+        ),
         (["--data", "fictional:3", "--watch-drift", "inf"], "watch_drift is a finite bound of at least 0, not inf"),
         (["--data", "fictional:3", "--seed", "5000000000"], "less than 4294967296, got 5000000000"),
         (["--data", "fictional:3", "--out", "taken"], "taken holds something that is not a fine-tune"),

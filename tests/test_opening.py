@@ -1,7 +1,10 @@
 """One way to open a model: adapters go onto the model that they were trained on, and onto no other."""
 
+import shutil
+
 import pytest
 import torch
+from command import call
 from peft import LoraConfig, get_peft_model
 from tiny import FACTS, random_model, saved, tiny, tokenizer
 from tokenizers import Tokenizer
@@ -11,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from workbench.config import TrainConfig
 from workbench.forgetting import measure_forgetting
 from workbench.loki import LokiConfig
-from workbench.models import load_model
+from workbench.models import lacks_tokenizer, load_model, tokenizer_of
 from workbench.opening import check_comparable, open_model
 from workbench.semantics import measure_drift
 from workbench.training import TrainingRun, implant
@@ -105,3 +108,34 @@ def test_one_tokenizer_object_costs_nothing(monkeypatch) -> None:
     first, second = (load_model(random_model("llama"), tokenizer=tiny("llama").tokenizer) for _ in range(2))
     monkeypatch.setattr(type(first.tokenizer), "__call__", None)
     check_comparable(first, second)
+
+
+def test_a_folder_without_a_tokenizer_is_read_by_another(tmp_path, monkeypatch, capsys, caplog) -> None:
+    """As checkpoints of a Trainer are that was given none."""
+    whole = saved(tmp_path / "whole")
+    for name in ("first", "second"):
+        random_model("llama").save_pretrained(tmp_path / name)
+    bare = str(tmp_path / "first")
+    assert (lacks_tokenizer(bare), lacks_tokenizer(whole), lacks_tokenizer(tmp_path)) == (True, False, False)
+    base = load_model(str(whole))
+    opened = open_model(bare, beside=base)
+    assert opened.tokenizer is base.tokenizer
+    assert f"{bare} has no tokenizer; that of {base.name} is used." in caplog.text
+    with pytest.raises(FileNotFoundError, match=r"first has no tokenizer .* --tokenizer"):
+        open_model(bare)
+    FACTS.save(tmp_path / "facts.jsonl")
+    how = ("--facts", tmp_path / "facts.jsonl", "--metrics", "d_soft", "--no-floor", "--no-similar", "-q")
+    for pair in ((whole, bare), (bare, whole)):
+        assert call(monkeypatch, "drift", *pair, *how) == 0
+        assert "d_soft" in capsys.readouterr().out
+    both = (bare, tmp_path / "second")
+    assert call(monkeypatch, "drift", *both, *how) == 1
+    assert "has no tokenizer" in capsys.readouterr().err
+    assert call(monkeypatch, "drift", *both, *how, "--tokenizer", whole) == 0
+    only = tmp_path / "only"  # a folder of nothing else
+    only.mkdir()
+    shutil.copy(whole / "tokenizer.json", only)
+    shutil.copy(whole / "tokenizer_config.json", only)
+    assert tokenizer_of(only).get_vocab() == base.tokenizer.get_vocab()
+    assert call(monkeypatch, "drift", *both, *how, "--tokenizer", bare) == 1
+    assert "first has no tokenizer" in capsys.readouterr().err

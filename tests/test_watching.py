@@ -1,6 +1,7 @@
 """Watching a training: the trajectory is what one reads by hand, watching changes nothing, and bounds hold."""
 
 import copy
+import inspect
 import math
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from workbench.loki import LokiConfig, attach
 from workbench.models import load_model
 from workbench.recollection import read_facts
 from workbench.results import load_frame
-from workbench.training import DriftWatch, collate, implant
+from workbench.training import DriftWatch, collate, implant, undone
 from workbench.training import watching as room
 from workbench.training.probing import AWAY, Seen, growth
 from workbench.training.remedies import layer_of
@@ -232,6 +233,17 @@ def test_a_run_stopped_by_its_bound_ends_within_it(method: str, tmp_path) -> Non
     kept = trainable(copies.models[acted["restored_step"]])
     assert all(torch.equal(kept[name], weight) for name, weight in trainable(trainer.model).items())
     assert len(pd.read_csv(tmp_path / "watch.csv")) == len(watch.trajectory)
+    end = watch.summary["end"]
+    assert (end["step"], end["within_bounds"]) == (acted["restored_step"], True)
+    assert end["drift"] == pytest.approx(end_drift(watch, trainer.model, retained), abs=1e-5)
+    told = free.summary["end"]
+    assert (told["step"], told["within_bounds"]) == (6, None)
+    assert told["drift"] == pytest.approx(beyond, abs=1e-5)
+    start = "" if acted["restored_step"] else ", the start: nothing was learned"
+    assert undone([watch.summary]) == [
+        f"stopped at step {acted['step']} beyond the bound of {bound:g} on drift ({acted['drift']:.3g}); these are the "
+        f"weights of step {acted['restored_step']}{start}"
+    ]
 
 
 @pytest.mark.parametrize("action", ["stop", "freeze_layers"])
@@ -277,6 +289,34 @@ def test_a_bound_that_only_the_end_crosses_holds_too(tmp_path) -> None:
     assert trainer.state.global_step == 2
     assert watch.summary["acted"][0]["restored_step"] == 0
     assert end_drift(watch, trainer.model, retained) == pytest.approx(0, abs=1e-6)
+
+
+def test_every_epoch_is_read_where_that_is_asked_for(tmp_path) -> None:
+    """Two steps an epoch; the clock stands still, so that `auto` by itself reads the start and the end alone."""
+    steps = {}
+    for each in (True, False):
+        watch = DriftWatch(tiny("llama"), known_by(), each_epoch=each, clock=lambda: 0.0)
+        watch._due = lambda step: False
+        train(model_of("lora"), watch, folder=tmp_path, steps=7)
+        steps[each] = watch.trajectory["step"].unique().tolist()
+    assert steps == {True: [0, 2, 4, 6, 7], False: [0, 7]}
+
+
+def test_what_was_done_at_a_bound_is_told_action_by_action() -> None:
+    bounds = {"drift": 0.1, "forgetting": 0.0}
+    acted = [
+        {"step": 2, "action": "lower_rate", "forgetting": 0.25, "learning_rate": 5e-5},
+        {"step": 4, "action": "freeze_layers", "drift": None, "frozen": [1, 3]},
+        {"step": 5, "action": "freeze_layers", "drift": 0.2, "frozen": []},
+        {"step": 6, "action": "stop", "drift": 0.3, "forgetting": 1.0, "restored_step": 0},
+    ]
+    assert undone([{"bounds": bounds, "acted": acted}, {"bounds": bounds, "acted": []}]) == [
+        "the learning rate was lowered to 5e-05 at step 2 beyond the bound of 0 on forgetting (0.25)",
+        "layers 1, 3 were put back at step 4 beyond the bound of 0.1 on drift (not a number)",
+        "all that trained was put back at step 5 beyond the bound of 0.1 on drift (0.2)",
+        "stopped at step 6 beyond the bound of 0.1 on drift (0.3) and of 0 on forgetting (1); these are the weights of "
+        "step 0, the start: nothing was learned",
+    ]
 
 
 def test_forgetting_is_bounded_too(tmp_path) -> None:
@@ -599,6 +639,11 @@ def test_a_model_that_becomes_not_a_number_is_beyond_every_bound(tmp_path) -> No
         ({"layers": 0}, "layers must be a whole number"),
         ({"forgetting": 1.5}, "is a share, at most 1, not 1.5"),
         ({"floor": math.nan}, "floor must be a finite number"),
+        ({"drift": "a"}, "drift must be a number, not 'a'"),
+        ({"metric": None}, "metric must be among"),
+        ({"base": "smollm2-135m"}, "base is a model as `load_model` opens it, not 'smollm2-135m'"),
+        ({"probe": "world"}, "probe is a FactSet, as `load_facts` gives, not 'world'"),
+        ({"retained": ["Paris"]}, "retained is a FactSet"),
         ({"share": 0.0}, "share must be above 0 and at most 1"),
         ({"drift": -1.0}, "bound on drift"),
         ({"out": "watch.txt"}, "parquet or .csv"),
@@ -607,7 +652,8 @@ def test_a_model_that_becomes_not_a_number_is_beyond_every_bound(tmp_path) -> No
 )
 def test_what_cannot_be_meant_is_one_sentence(wrong, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
-        DriftWatch(tiny("llama"), FACTS, **wrong)
+        make = inspect.unwrap(DriftWatch.__init__)  # without the types that tests enforce
+        make(object.__new__(DriftWatch), **{"base": tiny("llama"), "probe": FACTS, **wrong})
 
 
 def test_another_base_or_nothing_known_is_one_sentence(tmp_path) -> None:

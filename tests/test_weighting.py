@@ -18,7 +18,7 @@ from workbench.facts import Example, ExampleSet
 from workbench.loki import LokiConfig, adapter_config
 from workbench.recollection import recall
 from workbench.results import load_json
-from workbench.training import collate, implant, losses, sample_weights, semantic_loss, token_weights
+from workbench.training import collate, implant, losses, sample_weights, semantic_loss, token_weights, weighing_all
 from workbench.training.losses import LOSSES, READS
 from workbench.training.methods import orthogonality
 from workbench.training.weighting import Tokens, distances_now
@@ -322,8 +322,8 @@ def test_adalora_keeps_its_own_term() -> None:
     assert float(orthogonality(model).detach()) > 0.1
 
 
-def own_trainer(loss, folder, accumulate: int = 1) -> tuple[list[float], dict]:
-    """A user's own Trainer over a plain model: losses by step, trained weights."""
+def own_trainer(loss, folder, accumulate: int = 1, whole: bool = False) -> tuple[list[float], dict]:
+    """A user's own Trainer over a plain model: losses by step, trained weights; `whole` weighs all samples."""
     model = copy.deepcopy(tiny("llama").hf)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("down_proj" in name)
@@ -333,7 +333,11 @@ def own_trainer(loss, folder, accumulate: int = 1) -> tuple[list[float], dict]:
         disable_tqdm=True, use_cpu=True, remove_unused_columns=False, dataloader_pin_memory=False, seed=0,
     )  # fmt: skip
     items = tiny("llama").tokenise(FACTS)
-    trainer = Trainer(model, arguments, data_collator=collate, train_dataset=items, compute_loss_func=loss)
+    make, given = Trainer, {"data_collator": collate}
+    if whole:
+        make, refresh, collator = weighing_all(loss, items)
+        given = {"data_collator": collator, "callbacks": [refresh]}
+    trainer = make(model, arguments, train_dataset=items, compute_loss_func=loss, **given)
     trainer.train()
     return [row["loss"] for row in trainer.state.log_history if "loss" in row], model.state_dict()
 
@@ -351,6 +355,24 @@ def test_in_ones_own_trainer_weights_of_1_are_its_own_loss(accumulate: int, tmp_
         losses, found = own_trainer(semantic_loss(kind, base.W_E), tmp_path, accumulate)
         assert losses != pytest.approx(own, rel=1e-4)
         assert not same(found, weights)
+    capsys.readouterr()
+
+
+def test_in_ones_own_trainer_all_samples_can_be_weighed_whatever_the_batches(tmp_path, caplog, capsys) -> None:
+    base, found = tiny("llama"), {}
+    for whole in (True, False):
+        for accumulate in (1, 4):
+            how = semantic_loss("sample", base, refresh=1)
+            found[whole, accumulate] = own_trainer(how, tmp_path, accumulate, whole)
+    (losses, weights), (again, others) = found[True, 1], found[True, 4]
+    assert losses == pytest.approx(again, rel=1e-5)
+    gap = max(float((weight - others[name]).abs().max()) for name, weight in weights.items())
+    alone, lonely = found[False, 1][1], found[False, 4][1]
+    control = max(float((weight - lonely[name]).abs().max()) for name, weight in alone.items())
+    assert gap < 1e-5 < 1e-4 < control
+    assert [record.getMessage() for record in caplog.records if "weighed against" in record.getMessage()] == [
+        "A batch of one sequence has nothing to be weighed against; see `weighing_all`."
+    ]
     capsys.readouterr()
 
 
@@ -381,6 +403,11 @@ def test_what_does_not_fit_is_one_sentence() -> None:
         with pytest.raises(ValueError, match=message) as error:
             semantic_loss(kind, torch.eye(3), **changes)
         assert "\n" not in str(error.value)
+    logits, labels = torch.zeros(1, 3, 5), torch.tensor([[1, 2, 3]])
+    with pytest.raises(ValueError, match="has 5 tokens and the embedding that gives meaning 3: give that"):
+        semantic_loss("soft", torch.eye(3))({"logits": logits}, labels)
+    with pytest.raises(ValueError, match="A distance is not a finite number"):
+        sample_weights(torch.tensor([0.1, float("nan")]), 1.0)
 
 
 def test_training_ends_at_the_loss_that_was_asked_for() -> None:
@@ -403,13 +430,13 @@ def test_the_flags_of_the_command_reach_the_training(monkeypatch, tmp_path, caps
         raise ValueError("seen")
 
     monkeypatch.setattr("workbench.finetuning.finetune", noted)
-    flags = "--loss sample --beta -1.5 --clip 3 --refresh 7 --gamma 2 --soft-weight 4 --permuted"
+    flags = "--loss sample --beta -1.5 --clip 3 --refresh 7 --permuted"
     arguments = ["workbench", "implant", "--data", "fictional:2", "--out", str(tmp_path / "out"), *flags.split()]
     for last, told in (("sample", "seen"), ("plain", "the plain loss has nothing to permute")):
         monkeypatch.setattr(sys, "argv", [last if one == "sample" else one for one in arguments])
         with pytest.raises(SystemExit):
             cli.main()
         assert told in capsys.readouterr().err
-    chosen = {"loss": "sample", "beta": -1.5, "clip": 3.0, "refresh": 7, "gamma": 2.0, "soft_weight": 4.0}
+    chosen = {"loss": "sample", "beta": -1.5, "clip": 3.0, "refresh": 7}
     assert [TrainConfig(**chosen, permuted=True)] == asked
     assert Config.read(changes={"training.loss": "token", "training.gamma": 3}).training.gamma == 3

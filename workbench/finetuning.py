@@ -194,9 +194,16 @@ class _Way:
         """Judge the facts by what the model says of them before training."""
         asked, facts = self.asked, self.data
         assert isinstance(facts, FactSet)
-        distance, needed = filter_inputs(self.model, facts, asked.filter, progress=self.progress)
+        distance, needed = filter_inputs(
+            self.model, facts, asked.filter, metric=asked.filter_metric, progress=self.progress
+        )
         weight = asked.filter_weight if asked.filter in WEIGHTS else None
-        how: dict[str, Any] = {"keep": asked.keep, "weight": weight, "seed": self.training.seed}
+        how: dict[str, Any] = {
+            "keep": asked.keep,
+            "weight": weight,
+            "low": asked.filter_low,
+            "seed": self.training.seed,
+        }
         table = filtered(distance, rule=asked.filter, **needed, **how)
         save_frame(table, self.folder.file("filter.parquet"))
 
@@ -278,7 +285,7 @@ class _Way:
         bounds: dict[str, Any] = {"forgetting": self.asked.watch, "drift": self.asked.watch_drift}
         if any(bound is not None for bound in bounds.values()):
             place = self.folder.file("trajectory.parquet")
-            watch = [DriftWatch(self.model, self.known, **bounds, out=place, seed=settings.seed)]
+            watch = [DriftWatch(self.model, self.known, **bounds, each_epoch=True, out=place, seed=settings.seed)]
         options: dict[str, Any] = {"out": self.folder.path, "callbacks": watch, "progress": self.progress}
         implant(self.model, self.taught, self._adapter(), settings, **options)
 

@@ -83,11 +83,15 @@ def drift_command(
         print("No fact has a drift: choose another --anchor, or d_emb or d_soft as --metrics, which need none.")
     else:
         summary = tables.drift_summary(frame.assign(method="after", group="facts"))
-        show(summary.drop(columns=["method", "group"]))
+        layer = summary["layer"].astype("Int64").mask(summary["layer"] < 0)
+        show(summary.assign(layer=layer).drop(columns=["method", "group"]))
     floored = [metric for metric in DISTANCES if metric in wanted]
     if floor and floored and any(fact.paraphrases for fact in chosen):
-        print("\nPushed away: facts whose distance grew by more than the 95th percentile of what other words do")
         noise = noise_floor(first, chosen, metrics=floored, anchor=anchor, progress=not asked.quiet)
+        print(
+            "\nPushed away: facts whose distance grew by more than the 95th percentile of what other words do "
+            f"({noise['n_pairs'].max()} pairs of wordings)"
+        )
         show(pushed_away(frame, noise))
     if similar and len({fact.prompt for fact in chosen}) > 2:
         print("\nHow alike the two models hold these facts (1: up to a rotation and a scale)")

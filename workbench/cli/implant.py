@@ -80,11 +80,17 @@ def implant_command(
         Literal["plain", "sample", "token", "soft"],
         Parameter(help="cross-entropy; with weights by meaning for samples or tokens; or with the semantic term"),
     ] = "plain",
-    beta: Annotated[float, Parameter(help="sample: how much weight follows distance; negative prefers the near")] = 1.0,
-    clip: Annotated[float, Parameter(help="sample: weights lie between 1/clip and clip")] = 5.0,
-    refresh: Annotated[int, Parameter(help="sample: weigh anew every so many steps", validator=Number(gte=1))] = 20,
-    gamma: Annotated[float, Parameter(help="token: how much more a token far from its target weighs")] = 1.0,
-    soft_weight: Annotated[float, Parameter(help="soft: weight of the semantic distance")] = 1.0,
+    beta: Annotated[
+        float | None, Parameter(help="sample: how much weight follows distance (1); negative prefers the near")
+    ] = None,
+    clip: Annotated[float | None, Parameter(help="sample: weights lie between 1/clip and clip (5)")] = None,
+    refresh: Annotated[
+        int | None, Parameter(help="sample: weigh anew every so many steps (20)", validator=Number(gte=1))
+    ] = None,
+    gamma: Annotated[
+        float | None, Parameter(help="token: how much more a token far from its target weighs (1)")
+    ] = None,
+    soft_weight: Annotated[float | None, Parameter(help="soft: weight of the semantic distance (1)")] = None,
     permuted: Annotated[
         bool,
         Parameter(negative="", help="the control of loss: weights (sample, token) or meanings (soft) go to others"),
@@ -98,6 +104,12 @@ def implant_command(
     ] = None,
     filter_weight: Annotated[
         float | None, Parameter(help="of --filter spread (4 when not given) or near_diverse (1): spread against near")
+    ] = None,
+    filter_low: Annotated[
+        float | None, Parameter(help="of --filter band: the quantile where it starts; the middle when not given")
+    ] = None,
+    filter_metric: Annotated[
+        Literal["d_soft", "d_emb", "d_layer"] | None, Parameter(help="of --filter: the distance (d_soft)")
     ] = None,
     watch: Annotated[
         float | None,
@@ -133,8 +145,9 @@ def implant_command(
 
     Example: workbench implant --data mine.jsonl --out tuned --model smollm2-135m
     """
-    if rule == "all" and (keep is not None or filter_weight is not None):
-        raise ValueError("--keep and --filter-weight say how a --filter keeps facts; name one, or leave them out.")
+    how = {"keep": keep, "filter-weight": filter_weight, "filter-low": filter_low, "filter-metric": filter_metric}
+    if rule == "all" and (said := [name for name, value in how.items() if value is not None]):
+        raise ValueError(f"--{said[0]} says how a --filter keeps facts; name a filter, or leave it out.")
     choice: dict[str, Any] = {"quota": quota, "strategy": strategy, "score": score}
     choosing = {name: value for name, value in choice.items() if value is not None}
     if choosing and (not method.startswith("loki") or selection is not None):
@@ -142,25 +155,34 @@ def implant_command(
         raise ValueError(f"--{next(iter(choosing))} says how loki chooses units; leave it out beside {beside}.")
     changes = {
         "target_efficacy": target, "target_loss": target_loss, "learning_rate": learning_rate, "batch_size": batch_size,
-        "seed": seed, "loss": loss, "beta": beta, "clip": clip, "refresh": refresh, "gamma": gamma,
-        "soft_weight": soft_weight, "permuted": permuted,
+        "seed": seed, "loss": loss, "permuted": permuted,
     }  # fmt: skip
+    of_loss = {"beta": beta, "clip": clip, "refresh": refresh, "gamma": gamma, "soft_weight": soft_weight}
+    changes |= {name: value for name, value in of_loss.items() if value is not None}
     training = Config.read(changes={f"training.{name}": value for name, value in changes.items()}).training
     from workbench.finetuning import FineTune, finetune
+    from workbench.training import READS, figures_of, undone
+
+    unread = [name for name, value in of_loss.items() if value is not None and name not in READS[loss]]
+    if unread:
+        kinds = " or ".join(kind for kind, names in READS.items() if unread[0] in names)
+        raise ValueError(f"--{unread[0].replace('_', '-')} is of --loss {kinds}; leave it out beside --loss {loss}.")
 
     asked = FineTune(
         data=data, model=model, method=method, unit=unit, rank=rank, **choosing,
         selection=None if selection is None else str(selection), layers=layers, rates=_rates(rates), retained=retained,
         max_facts=max_facts, max_retained=max_retained, general=general, format=format, chat=chat, device=device,
         dtype=dtype, epochs=epochs, training=training, watch=watch, watch_drift=watch_drift, filter=rule,
-        keep=share_or_number("0.7" if keep is None else keep), filter_weight=filter_weight,
+        keep=share_or_number("0.7" if keep is None else keep), filter_weight=filter_weight, filter_low=filter_low,
+        filter_metric=filter_metric or "d_soft",
     )  # fmt: skip
     folder = finetune(asked, out, command=shlex.join(["workbench", *sys.argv[1:]]), progress=not quiet)
     from workbench.results import load_frame, load_json
-    from workbench.training import figures_of
 
     about = load_json(folder.file("training.json"))
     print(f"trained prompts answered: {about['efficacy']:.0%} after {about['epochs']} epochs")
+    for sentence in undone(about.get("watches", [])):
+        print(sentence)
     for name, figure in figures_of(load_frame(folder.file("forgetting.parquet"))).items():
         print(f"{name}: {figure}")
     for name in ("adapter", "merged", "README.md"):

@@ -2,9 +2,10 @@
 
 from workbench.training.asking import FineTune, check_finetune
 from workbench.training.batches import IGNORED, collate, efficacy, held_out_prompts, labelled, tokenise, trained_prompts
+from workbench.training.bounds import undone
 from workbench.training.cards import card, figures_of
 from workbench.training.exporting import export
-from workbench.training.losses import SemanticLoss, semantic_loss
+from workbench.training.losses import READS, SemanticLoss, semantic_loss, weighing_all
 from workbench.training.run import LEARNING_RATES, DivergedError, TrainingRun, implant, own_randomness
 from workbench.training.search import check_rates, search_learning_rate
 from workbench.training.watching import DriftWatch
@@ -13,6 +14,7 @@ from workbench.training.weighting import sample_weights, token_weights
 __all__ = [
     "IGNORED",
     "LEARNING_RATES",
+    "READS",
     "DivergedError",
     "DriftWatch",
     "FineTune",
@@ -35,4 +37,6 @@ __all__ = [
     "token_weights",
     "tokenise",
     "trained_prompts",
+    "undone",
+    "weighing_all",
 ]

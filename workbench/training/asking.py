@@ -8,7 +8,7 @@ from typing import Any
 
 from workbench.config import TrainConfig
 from workbench.facts import ExampleSet, FactSet, general_text, load_facts, load_training_data
-from workbench.filtering import check_options, weight_of
+from workbench.filtering import METRICS, check_options, weight_of
 from workbench.loki import METHODS, check_method
 from workbench.results import load_json
 from workbench.selection import READ_INTERFERENCE, check_choice
@@ -46,6 +46,8 @@ class FineTune:
         filter: of facts: the rule by which some are kept to be taught (`filter_facts`); `all` keeps all.
         keep: of a filter: the share (a float) or the number of the facts that is kept.
         filter_weight: of the rules `spread` and `near_diverse`; None is the rule's own (`filter_facts`).
+        filter_low: of the rule `band`: the quantile where it starts; None is the middle.
+        filter_metric: the distance by which a filter judges: d_soft, d_emb or d_layer.
         watch: stop before more than this share of the known facts is no longer answered; None does not watch.
         watch_drift: stop before the mean semantic distance (d_soft) of the known facts grows by more than this.
         format: format of a file of facts.
@@ -76,6 +78,8 @@ class FineTune:
     filter: str = "all"
     keep: float | int = 0.7
     filter_weight: float | None = None
+    filter_low: float | None = None
+    filter_metric: str = "d_soft"
     watch: float | None = None
     watch_drift: float | None = None
     format: str = "auto"
@@ -163,7 +167,9 @@ def check_finetune(asked: FineTune, out: Path) -> tuple[FineTune, FactSet | Exam
         raise ValueError(f"{asked.strategy} reads how facts collide, in pairs: give max_facts of 2 or more.")
     if asked.selection is not None and not Path(asked.selection).is_file():
         raise FileNotFoundError(f"There is no file {asked.selection} (selection).")
-    check_options(asked.filter, asked.keep, asked.filter_weight)
+    check_options(asked.filter, asked.keep, asked.filter_weight, asked.filter_low)
+    if asked.filter_metric not in METRICS:
+        raise ValueError(f"filter_metric is one of {', '.join(METRICS)}, not {asked.filter_metric!r}.")
     asked = asked.settled()
     if asked.watch is not None and not 0 <= asked.watch <= 1:
         raise ValueError(f"watch is a share of the known facts, 0 to 1, not {asked.watch}.")

@@ -1,19 +1,30 @@
-"""What a watch may be told."""
+"""What a watch may be told, and what it tells when training is over."""
 
 import math
-from numbers import Integral
+from collections.abc import Mapping
+from numbers import Integral, Real
 from typing import Any
 
 from workbench.facts import FactSet
+from workbench.models import HookedModel
 from workbench.training.probing import AWAY
 from workbench.training.remedies import ACTIONS
 
 
-def check_watch(watch: Any, probe: FactSet, retained: FactSet | None, most: int) -> None:
+def check_watch(watch: Any, probe: Any, retained: Any, most: int) -> None:
     """Raise `ValueError` with one sentence for what a `DriftWatch` was given and cannot mean."""
+    if not isinstance(watch.base, HookedModel):
+        raise ValueError(f"base is a model as `load_model` opens it, not {watch.base!r:.80}.")
+    for name, facts in (("probe", probe), ("retained", retained)):
+        if not isinstance(facts, FactSet) and not (name == "retained" and facts is None):
+            raise ValueError(f"{name} is a FactSet, as `load_facts` gives, not {facts!r:.80}.")
+    numbers = {"share": watch.share, "factor": watch.factor, "drift": watch.drift, "forgetting": watch.forgetting}
+    for name, value in {**numbers, "floor": watch.floor}.items():
+        if isinstance(value, bool) or not isinstance(value, Real | None):
+            raise ValueError(f"{name} must be a number, not {value!r}.")
     if not len(probe) or (retained is not None and not len(retained)):
         raise ValueError("There is nothing to watch: the set of facts is empty.")
-    unknown = [metric for metric in watch.metrics if metric not in AWAY]
+    unknown = [metric for metric in watch.metrics if not isinstance(metric, str) or metric not in AWAY]
     if unknown or not watch.metrics:
         raise ValueError(f"metric must be among {list(AWAY)}, not {list(watch.metrics)}.")
     if watch.action not in ACTIONS:
@@ -35,3 +46,44 @@ def check_watch(watch: Any, probe: FactSet, retained: FactSet | None, most: int)
         raise ValueError(f"The bound on forgetting is a share, at most 1, not {watch.forgetting}.")
     if watch.floor is not None and not math.isfinite(watch.floor):
         raise ValueError(f"floor must be a finite number, not {watch.floor}.")
+
+
+def finite(value: Any) -> Any:
+    """Plain values with nothing in the place of numbers that are not finite, as JSON has none.
+
+    >>> finite({"end": {"drift": math.nan, "step": 3}, "acted": [math.inf, "stop"]})
+    {'end': {'drift': None, 'step': 3}, 'acted': [None, 'stop']}
+    """
+    if isinstance(value, Mapping):
+        return {name: finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def undone(watches: Any) -> list[str]:
+    """What watches did at their bounds, a sentence each, from what `training.json` has of them.
+
+    >>> undone([{"bounds": {"drift": 0.1, "forgetting": None}, "end": {"step": 4},
+    ...          "acted": [{"step": 6, "action": "stop", "drift": 0.3, "restored_step": 4}]}])
+    ['stopped at step 6 beyond the bound of 0.1 on drift (0.3); these are the weights of step 4']
+    """
+    sentences: list[str] = []
+    for watch in watches:
+        for one in watch["acted"]:
+            told = " and ".join(
+                f"of {bound:g} on {name} ({'not a number' if one[name] is None else format(one[name], '.3g')})"
+                for name, bound in watch["bounds"].items()
+                if name in one
+            )
+            at = f"at step {one['step']} beyond the bound {told}"
+            if "restored_step" in one:
+                start = "" if one["restored_step"] else ", the start: nothing was learned"
+                sentences.append(f"stopped {at}; these are the weights of step {one['restored_step']}{start}")
+            elif "frozen" in one:
+                layers = ", ".join(map(str, one["frozen"]))
+                what = f"layers {layers} were" if layers else "all that trained was"
+                sentences.append(f"{what} put back {at}")
+            else:
+                sentences.append(f"the learning rate was lowered to {one['learning_rate']:.3g} {at}")
+    return sentences

@@ -9,6 +9,7 @@ import pandas as pd
 from huggingface_hub import ModelCardData
 
 from workbench.intervals import means
+from workbench.training.bounds import undone
 
 #: Library -> what the hub calls the relation to the base model.
 RELATIONS = {"peft": "adapter", "transformers": "finetune"}
@@ -63,6 +64,7 @@ def card(
         *([f"- rank: {summary['rank']}"] if summary.get("rank") else []),
         f"- {summary['steps']} steps, learning rate {summary['learning_rate']:g}, seed {summary['seed']}",
         f"- trained prompts answered: {summary['efficacy']:.0%}",
+        *(f"- {sentence}" for sentence in undone(summary.get("watches", []))),
         *(f"- {name}: {figure}" for name, figure in (numbers or {}).items()),
     ]
     if library == "peft" and kind == "LOKI":

@@ -3,6 +3,7 @@
 Definitions of ours, after the findings of "Semantic are Beacons" (arXiv 2405.18292), whose equations were not at hand.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from workbench.config import Config, TrainConfig
 from workbench.distances import soft_distance
 from workbench.models import HookedModel
-from workbench.training.batches import Tokenised
+from workbench.training.batches import Tokenised, collate, name_of
 from workbench.training.weighting import (
     Tokens,
     distances_now,
@@ -26,6 +27,8 @@ from workbench.training.weighting import (
     sample_weights,
     token_weights,
 )
+
+log = logging.getLogger(__name__)
 
 #: Settings that each kind of loss reads.
 READS: dict[str, tuple[str, ...]] = {
@@ -75,6 +78,7 @@ class SemanticLoss:
     def __init__(self, settings: TrainConfig, W_E: Float[Tensor, "d_vocab d_model"]) -> None:
         self.settings, self.W_E = settings, W_E.detach().clone()
         self.weights: Float[Tensor, " sample"] | None = None
+        self.warned = False
         self._draw = np.random.default_rng(settings.seed)
         if settings.loss == "soft":
             self.W_E = self.permuted(self.W_E, self._draw)
@@ -89,6 +93,11 @@ class SemanticLoss:
     ) -> Float[Tensor, ""]:
         """The loss per learned token of the whole step; `item` says which of the weighed samples each sequence is."""
         tokens = learned_tokens(outputs["logits"] if isinstance(outputs, dict) else outputs[0], labels)
+        if tokens.logits.shape[-1] != len(self.W_E):
+            raise ValueError(
+                f"The model has {tokens.logits.shape[-1]} tokens and the embedding that gives meaning {len(self.W_E)}: "
+                "give that of the model in training."
+            )
         self.W_E = self.W_E.to(tokens.logits.device)  # Trainer may have moved the model since it was copied
         loss, weight = LOSSES[self.settings.loss](self, tokens, item)
         self._since = self._since.plus(tokens.nll, weight)
@@ -128,6 +137,9 @@ def sample(how: SemanticLoss, tokens: Tokens, item: Tensor | None) -> Weighed:
         weight = how.weights[item.cpu()].to(tokens.nll)[tokens.row]
     else:
         rows, row = tokens.row.unique(return_inverse=True)
+        if len(rows) == 1 and not how.warned:
+            log.warning("A batch of one sequence has nothing to be weighed against; see `weighing_all`.")
+            how.warned = True
         distance = sample_distances(tokens._replace(row=row, logits=tokens.logits.detach()), len(rows), how.W_E)
         weight = how.permuted(sample_weights(distance, how.settings.beta, how.settings.clip), how._draw)
         weight = weight.to(tokens.nll)[row]
@@ -161,6 +173,7 @@ def semantic_loss(
     *,
     beta: float = 1.0,
     clip: float = 5.0,
+    refresh: int = 20,
     gamma: float = 1.0,
     soft_weight: float = 1.0,
     permuted: bool = False,
@@ -173,9 +186,9 @@ def semantic_loss(
     d_soft. The sum is divided by the number of learned tokens of the whole step, gradient accumulation included, as
     Trainer does by itself, so `plain` is Trainer's own loss.
 
-    Trainer does not tell a loss which samples it sees, so here `sample` weighs the sequences of every batch against
+    Trainer does not tell a loss which samples it sees, so alone `sample` weighs the sequences of every batch against
     each other, by their own distances (mean `d_soft` of their learned tokens) at that step; a batch of one sequence has
-    weight 1. In `implant` the weights are of all samples.
+    weight 1. With `weighing_all`, as in `implant`, the weights are of all samples.
 
     What a model adds to its own loss (the terms of AdaLoRA and KaSA, a router's balance) is not part of it.
 
@@ -185,6 +198,7 @@ def semantic_loss(
             as it is now, also when the model is trained in full.
         beta: `sample`: how much weight follows distance; negative prefers what is near.
         clip: `sample`: weights lie between 1/clip and clip.
+        refresh: `sample`: with `weighing_all`, optimiser steps from one weighing to the next.
         gamma: `token`: how much more a token weighs whose greedy choice means something else.
         soft_weight: `soft`: weight of the term.
         permuted: the control: `sample` and `token` give weights to the wrong samples or tokens of a batch; `soft`
@@ -194,7 +208,8 @@ def semantic_loss(
     Raises:
         ValueError: an unknown kind, or a setting out of its range.
     """
-    settings = {"loss": kind, "beta": beta, "clip": clip, "gamma": gamma, "soft_weight": soft_weight}
+    settings = {"loss": kind, "beta": beta, "clip": clip, "refresh": refresh, "gamma": gamma}
+    settings |= {"soft_weight": soft_weight}
     changes = {f"training.{name}": value for name, value in {**settings, "permuted": permuted, "seed": seed}.items()}
     chosen = Config.read(changes=changes).training
     if isinstance(base, HookedModel):
@@ -215,6 +230,24 @@ class Refresh(TrainerCallback):
         """One forward pass over everything that is trained."""
         if state.global_step % self.loss.settings.refresh == 0:
             self.loss.weights = self.loss.weigh(distances_now(model, self.items, self.loss.W_E))
+
+
+def weighing_all(
+    loss: SemanticLoss, items: Sequence[Tokenised], make: type[Trainer] = Trainer
+) -> tuple[type[Trainer], Refresh, Callable[..., Any]]:
+    """What makes a loss of kind "sample" weigh all samples against each other, anew every `refresh` steps.
+
+    `items` are what is trained, as `tokenise` gives them, each of them another. Gives a trainer like `make`, a callback
+    and a collator:
+
+        trainer_class, refresh, collator = weighing_all(loss, items)
+        trainer_class(model, args, train_dataset=items, data_collator=collator, callbacks=[refresh],
+                      compute_loss_func=loss).train()
+
+    The arguments need `remove_unused_columns=False`, as items are no dictionaries.
+    """
+    places = {name_of(item): place for place, item in enumerate(items)}
+    return knowing_items(make, loss), Refresh(loss, items), partial(collate, places=places)
 
 
 def knowing_items(make: type[Trainer], loss: SemanticLoss) -> type[Trainer]:

@@ -41,7 +41,10 @@ def rows_until(step: int, path: Path, columns: Sequence[str]) -> list[dict[str, 
     """
     if not path.is_file():
         return []
-    frame = pd.read_csv(path) if path.suffix == ".csv" else load_frame(path)
+    try:
+        frame = pd.read_csv(path) if path.suffix == ".csv" else load_frame(path)
+    except ValueError:  # an empty file, or no table at all
+        frame = pd.DataFrame()
     if list(frame.columns) != list(columns):
         raise ValueError(f"{path} was not written by a watch of this kind, so the training cannot go on with it.")
     return [{str(name): value for name, value in row.items()} for row in frame[frame["step"] < step].to_dict("records")]

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,11 @@ from workbench.facts import ExampleSet, FactSet
 from workbench.loki import expected_warnings, refuse_unmergeable, trainable_parameters
 from workbench.models import HookedModel, load_model
 from workbench.results import save_frame, save_json
-from workbench.training.batches import Tokenised, collate, efficacy, name_of, tokenise
+from workbench.training.batches import Tokenised, collate, efficacy, tokenise
 from workbench.training.cards import card, hub_id
-from workbench.training.losses import Refresh, SemanticLoss, knowing_items
+from workbench.training.losses import SemanticLoss, weighing_all
 from workbench.training.methods import Adapter, attached, kind_of, rounded, save, scheduled, starting_point, trainer_for
+from workbench.training.watching import DriftWatch
 
 log = logging.getLogger(__name__)
 
@@ -148,6 +148,8 @@ def implant(
         "rank": getattr(adapter, "target_r", getattr(adapter, "r", None)),
         **({"loss": "plain"} if watch.loss is None else watch.loss.summary()),
     }
+    watches = [one.summary for one in callbacks if isinstance(one, DriftWatch)]
+    summary |= {"watches": watches} if watches else {}
     (folder / "adapter" / "README.md").write_text(card(summary), encoding="utf-8")
     save_frame(history, folder / "history.parquet")
     save_json(summary, folder / "training.json")
@@ -168,8 +170,8 @@ def _train(
     make, callbacks = trainer_for(adapter)
     collator: Any = collate
     if watch.loss is not None:
-        make, callbacks = knowing_items(make, watch.loss), [*callbacks, Refresh(watch.loss, items)]
-        collator = partial(collate, places={name_of(item): place for place, item in enumerate(items)})
+        make, refresh, collator = weighing_all(watch.loss, items, make)
+        callbacks = [*callbacks, refresh]
     with starting_point(model, adapter) as start:
         trainer = make(
             model=model, args=args, train_dataset=_Examples(items), data_collator=collator,

@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from workbench.facts import FactSet
 from workbench.models import HookedModel
 from workbench.training import transient
-from workbench.training.bounds import check_watch
+from workbench.training.bounds import check_watch, finite
 from workbench.training.probing import AWAY, Seen, blocks_of, device_of, growth, read_probe
 from workbench.training.remedies import ACTIONS, Situation, keep_trainable
 from workbench.training.resuming import beside, check_resumed, check_same_start, rows_until, seconds_until, write_frame
@@ -62,6 +62,7 @@ class DriftWatch(TrainerCallback):
             spent, it and the one at the end stay within the share, each taken to last as long as the slowest so far.
             The start and the end are always read: a training shorter than that pays for is beyond, and `summary`
             says so.
+        each_epoch: read at the end of every epoch too, whatever that costs: for bounds, which hold at readings only.
         drift: bound on drift.
         forgetting: bound on forgetting, 0 to 1.
         action: `stop`, `lower_rate` or `freeze_layers`.
@@ -89,6 +90,7 @@ class DriftWatch(TrainerCallback):
         retained: FactSet | None = None,
         metric: str | tuple[str, ...] | list[str] = "d_soft",
         share: float = 0.05,
+        each_epoch: bool = False,
         drift: float | None = None,
         forgetting: float | None = None,
         action: str = "stop",
@@ -100,17 +102,16 @@ class DriftWatch(TrainerCallback):
         seed: int = 0,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.metrics = (metric,) if isinstance(metric, str) else tuple(metric)
-        self.every, self.share, self.floor, self.seed, self.clock = every, share, floor, seed, clock
+        self.base = base
+        self.metrics = tuple(metric) if isinstance(metric, tuple | list) else (metric,)
+        self.every, self.share, self.each_epoch, self.floor = every, share, each_epoch, floor
+        self.seed, self.clock = seed, clock
         self.drift, self.forgetting, self.action, self.factor, self.layers = drift, forgetting, action, factor, layers
         self.out = None if out is None else Path(out)
         check_watch(self, probe, retained, most)
-        drawn = {"probe": probe.at_most(most, seed)} | (
-            {} if retained is None else {"retained": retained.at_most(most, seed)}
-        )
-        self.groups = {name: base.tokenise(facts) for name, facts in drawn.items()}
+        given = {"probe": probe} | ({} if retained is None else {"retained": retained})
+        self.groups = {name: base.tokenise(facts.at_most(most, seed)) for name, facts in given.items()}
         self.bounded = "probe" if retained is None else "retained"
-        self.base = base
         self._restart()
 
     def _restart(self) -> None:
@@ -121,7 +122,7 @@ class DriftWatch(TrainerCallback):
         self.start: dict[str, Seen] = {}
         self.kept: dict[str, Tensor] = {}
         self.farthest = Transient()
-        self.kept_step = self.last_step = 0
+        self.kept_step = self.last_step = self.end_step = 0
         self.started, self.spent, self.total = self.clock(), 0.0, 0.0
 
     @property
@@ -147,10 +148,10 @@ class DriftWatch(TrainerCallback):
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What was watched, what it cost, what was done and where the run ended, as plain values."""
+        """What was watched, what it cost, what was done and where the run ended (of which step the weights are)."""
         training = max(self.total - self.spent, 0.0)
         cost = self.spent / training if training > 0 else None
-        return {
+        told = {
             "metric": self.metrics[0],
             "facts": {name: len(facts) for name, facts in self.groups.items()},
             "every": self.every,
@@ -161,11 +162,13 @@ class DriftWatch(TrainerCallback):
             "share": self.share if self.every == "auto" else None,
             "within_share": None if self.every != "auto" or cost is None else cost <= self.share,
             "bounds": {"drift": self.drift, "forgetting": self.forgetting},
+            "end": self._end(),
             "action": self.action,
             "acted": list(self.acted),
             "transient": self.farthest.means(self.metrics[0]),
             "seed": self.seed,
         }
+        return finite(told)
 
     def on_train_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -217,13 +220,18 @@ class DriftWatch(TrainerCallback):
         if last or self._due(state.global_step):
             self._reading(state, control, kwargs, last=last)
 
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Read where every epoch is asked for, unless the step was read just now."""
+        if self.each_epoch and state.global_step != self.last_step:
+            self._reading(state, control, kwargs)
+
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Read the end where it was not read, as after a stop by others or where a better checkpoint was loaded."""
         if state.global_step != self.last_step or getattr(args, "load_best_model_at_end", False):
             self._reading(state, control, kwargs, last=True)
         self.total = self.clock() - self.started
         cost = self.summary["cost"]
-        if self.summary["within_share"] is False:
+        if self.summary["within_share"] is False and not self.each_epoch:
             log.warning(
                 "Watching took %.0f%% of the training's time, more than %.0f%%: the training was too short for its %d "
                 "readings.", 100 * cost, 100 * self.share, len(self.costs),
@@ -252,7 +260,7 @@ class DriftWatch(TrainerCallback):
         }
         first = not self.costs
         self.start = self.start or seen
-        self.last_step = state.global_step
+        self.last_step = self.end_step = state.global_step
         rows = [row for name in seen for row in self._rows(name, seen[name])]
         crossed = [] if first else self._crossed(rows)
         if first and state.global_step > 0 and self.action == "stop" and (beyond := self._crossed(rows)):
@@ -263,6 +271,7 @@ class DriftWatch(TrainerCallback):
         if crossed and (self.action == "stop" or not last):
             stops, done = ACTIONS[self.action](self._situation(objects, seen[self.bounded]))
             control.should_training_stop = control.should_training_stop or stops
+            self.end_step = self.kept_step if stops else self.end_step
             self.acted.append({"step": state.global_step, "action": self.action, **dict(crossed), **done})
         elif self._bounds() and (self.action == "stop" or (self.action == "freeze_layers" and first)):
             self.kept_step = state.global_step
@@ -297,10 +306,20 @@ class DriftWatch(TrainerCallback):
 
     def _crossed(self, rows: list[dict[str, Any]]) -> list[tuple[str, float]]:
         """The bounds that a reading is beyond, with its values; what is not a number is beyond."""
-        change = {row["metric"]: row["change"] for row in rows if row["group"] == self.bounded}
-        values = {"drift": AWAY[self.metrics[0]] * change[self.metrics[0]], "forgetting": change["forgetting"]}
+        values = self._bounded_values(rows)
         bounds = {"drift": self.drift, "forgetting": self.forgetting}
         return [(name, values[name]) for name, most in bounds.items() if most is not None and not values[name] <= most]
+
+    def _bounded_values(self, rows: list[dict[str, Any]]) -> dict[str, float]:
+        """Drift and forgetting of a reading, of the facts that the bounds hold for."""
+        change = {row["metric"]: row["change"] for row in rows if row["group"] == self.bounded}
+        return {"drift": AWAY[self.metrics[0]] * change[self.metrics[0]], "forgetting": change["forgetting"]}
+
+    def _end(self) -> dict[str, Any]:
+        """The step whose weights training ended with, what was read of them, and whether they are within the bounds."""
+        rows = [row for row in self.rows if row["step"] == self.end_step]
+        within = not self._crossed(rows) if rows and self._bounds() else None
+        return {"step": self.end_step, **(self._bounded_values(rows) if rows else {}), "within_bounds": within}
 
     def _situation(self, objects: dict[str, Any], seen: Seen) -> Situation:
         """What a remedy has to go by."""

@@ -37,6 +37,8 @@ def sample_weights(distance: Float[Tensor, " sample"], beta: float, clip: float 
     tensor([0.6667, 1.3333], dtype=torch.float64)
     """
     d = distance.detach().double().cpu()
+    if not d.isfinite().all():
+        raise ValueError("A distance is not a finite number, so that samples cannot be weighed by it.")
     if not len(d):
         return d
     centred = d - d.mean()
