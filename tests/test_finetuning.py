@@ -403,6 +403,10 @@ def test_a_saved_selection_says_what_its_units_are(inputs, tmp_path, monkeypatch
         (["--data", "fictional:3", "--keep", "0.7"], "--keep says how a --filter keeps facts; name a filter, or leave"),
         (["--data", "fictional:3", "--filter-weight", "4"], "--filter-weight says how a --filter keeps facts; name a"),
         (["--data", "fictional:3", "--filter-metric", "d_emb"], "--filter-metric says how a --filter keeps facts"),
+        (
+            ["--data", "fictional:3", "--filter", "random", "--filter-metric", "d_emb"],
+            "random chooses by none; leave",
+        ),
         (["--data", "fictional:3", "--filter-low", "0.1", "--filter", "spread"], "of the rule band alone, got 0.1"),
         (["--data", "fictional:3", "--beta", "3"], "--beta is of --loss sample; leave it out beside --loss plain"),
         (

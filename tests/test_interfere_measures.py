@@ -248,8 +248,10 @@ def test_conflict_rates_are_shares_of_pairs(llama) -> None:
     )
     with pytest.raises(ValueError, match="These are 3 of the 8 facts"):
         conflict_rates(found.isel(fact=[0, 1, 2], other=[0, 1, 2]))
-    other = conflict_rates(found, metric="superposition")
-    assert other[["chance", "p_value", "q_value", "matched_p", "relation_p"]].stack().between(0, 1).all()
+    for metric in ("superposition", "linear_suppression"):  # of the latter, pairs with one silenced fact share a draw
+        other = conflict_rates(found, metric=metric)
+        assert other[["p_value", "q_value", "matched_p", "matched_q"]].isna().all(axis=None)
+        assert other[["chance", "matched_chance", "relation_p"]].stack().between(0, 1).all()
     before = conflict_rates(found.drop_vars(["conflict_chance", "conflict_matched"]))  # as results were before
     assert before[["chance", "p_value", "q_value", "matched_p"]].isna().all(axis=None)
     with pytest.raises(ValueError, match="no 'gradient', only cosine"):

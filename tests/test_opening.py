@@ -121,7 +121,7 @@ def test_a_folder_without_a_tokenizer_is_read_by_another(tmp_path, monkeypatch, 
     opened = open_model(bare, beside=base)
     assert opened.tokenizer is base.tokenizer
     assert f"{bare} has no tokenizer; that of {base.name} is used." in caplog.text
-    with pytest.raises(FileNotFoundError, match=r"first has no tokenizer .* --tokenizer"):
+    with pytest.raises(FileNotFoundError, match=r"first has no tokenizer .*--tokenizer"):
         open_model(bare)
     FACTS.save(tmp_path / "facts.jsonl")
     how = ("--facts", tmp_path / "facts.jsonl", "--metrics", "d_soft", "--no-floor", "--no-similar", "-q")
@@ -132,6 +132,10 @@ def test_a_folder_without_a_tokenizer_is_read_by_another(tmp_path, monkeypatch, 
     assert call(monkeypatch, "drift", *both, *how) == 1
     assert "has no tokenizer" in capsys.readouterr().err
     assert call(monkeypatch, "drift", *both, *how, "--tokenizer", whole) == 0
+    adapter = get_peft_model(random_model("llama"), LoraConfig(r=2, target_modules=["down_proj"]))
+    adapter.peft_config["default"].base_model_name_or_path = bare
+    adapter.save_pretrained(tmp_path / "adapter")
+    assert call(monkeypatch, "drift", tmp_path / "adapter", bare, *how, "--tokenizer", whole) == 0
     only = tmp_path / "only"  # a folder of nothing else
     only.mkdir()
     shutil.copy(whole / "tokenizer.json", only)

@@ -155,6 +155,11 @@ def test_units_that_changed_most_have_no_partners_and_are_compared_with_nothing(
     assert shares.loc[(1, "difference", "state"), "n"] == 0
     assert shares.loc[(1, "difference", "state"), ["share", "low", "high"]].isna().all()
     assert shares.loc[(1, "leaned", "state"), "share"] > 0.2
+    one = frame["fact"] == FACTS.ids[0]  # a single fact that has partners says nothing of how sure that is
+    frame.loc[one & frame["units"].isin(["paired", "matched"]), ["share", "n_units", "size"]] = [0.25, 2, 1.0]
+    lone = drift_shares(frame).set_index(["layer", "units", "metric"]).loc[(1, "paired", "state")]
+    assert lone[["n", "n_units", "size", "share"]].tolist() == [1, 2, 1.0, 0.25]
+    assert lone[["low", "high"]].isna().all()
 
 
 def test_partners_are_others_of_like_size_in_equal_number() -> None:

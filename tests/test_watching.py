@@ -312,11 +312,17 @@ def test_what_was_done_at_a_bound_is_told_action_by_action() -> None:
     ]
     assert undone([{"bounds": bounds, "acted": acted}, {"bounds": bounds, "acted": []}]) == [
         "the learning rate was lowered to 5e-05 at step 2 beyond the bound of 0 on forgetting (0.25)",
-        "layers 1, 3 were put back at step 4 beyond the bound of 0.1 on drift (not a number)",
+        "layers 1, 3 were put back at step 4 beyond the bound of 0.1 on drift (no finite number)",
         "all that trained was put back at step 5 beyond the bound of 0.1 on drift (0.2)",
         "stopped at step 6 beyond the bound of 0.1 on drift (0.3) and of 0 on forgetting (1); these are the weights of "
         "step 0, the start: nothing was learned",
     ]
+
+
+def test_a_bound_without_end_that_no_number_keeps_is_told_too() -> None:
+    acted = [{"step": 1, "action": "stop", "drift": None, "restored_step": 0}]
+    (told,) = undone([{"bounds": {"drift": None, "forgetting": None}, "acted": acted}])
+    assert told.startswith("stopped at step 1 beyond the bound of no finite number on drift (no finite number);")
 
 
 def test_forgetting_is_bounded_too(tmp_path) -> None:
@@ -640,6 +646,10 @@ def test_a_model_that_becomes_not_a_number_is_beyond_every_bound(tmp_path) -> No
         ({"forgetting": 1.5}, "is a share, at most 1, not 1.5"),
         ({"floor": math.nan}, "floor must be a finite number"),
         ({"drift": "a"}, "drift must be a number, not 'a'"),
+        ({"share": None}, "share must be a number, not None"),
+        ({"factor": None}, "factor must be a number, not None"),
+        ({"action": ["stop"]}, "action must be one of"),
+        ({"out": 3}, "parquet or .csv file, not 3"),
         ({"metric": None}, "metric must be among"),
         ({"base": "smollm2-135m"}, "base is a model as `load_model` opens it, not 'smollm2-135m'"),
         ({"probe": "world"}, "probe is a FactSet, as `load_facts` gives, not 'world'"),

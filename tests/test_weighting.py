@@ -10,15 +10,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from tiny import FACTS, TOKENISED, tiny
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from workbench import cli
 from workbench.config import Config, TrainConfig
-from workbench.facts import Example, ExampleSet
-from workbench.loki import LokiConfig, adapter_config
+from workbench.facts import Example, ExampleSet, FactSet
+from workbench.loki import LokiConfig, adapter_config, adapter_for
 from workbench.recollection import recall
 from workbench.results import load_json
-from workbench.training import collate, implant, losses, sample_weights, semantic_loss, token_weights, weighing_all
+from workbench.training import (
+    collate,
+    implant,
+    losses,
+    sample_weights,
+    search_learning_rate,
+    semantic_loss,
+    token_weights,
+    weighing_all,
+)
 from workbench.training.losses import LOSSES, READS
 from workbench.training.methods import orthogonality
 from workbench.training.weighting import Tokens, distances_now
@@ -373,6 +382,45 @@ def test_in_ones_own_trainer_all_samples_can_be_weighed_whatever_the_batches(tmp
     assert [record.getMessage() for record in caplog.records if "weighed against" in record.getMessage()] == [
         "A batch of one sequence has nothing to be weighed against; see `weighing_all`."
     ]
+    capsys.readouterr()
+
+
+def test_samples_are_weighed_at_the_start_of_every_training_and_others_by_batch(monkeypatch, tmp_path, capsys) -> None:
+    base = tiny("llama")
+    items, how = base.tokenise(FACTS), semantic_loss("sample", base, refresh=20)
+    _, refresh, collator = weighing_all(how, items)
+    args, state, control = None, TrainerState(global_step=7), TrainerControl()  # as after a checkpoint
+    how.weights = torch.zeros(3)  # of another training
+    refresh.on_train_begin(args, state, control)
+    refresh.on_step_begin(args, state, control, model=base.hf)
+    assert len(how.weights) == len(items)
+    kept = how.weights
+    state.global_step = 8
+    refresh.on_step_begin(args, state, control, model=base.hf)
+    assert how.weights is kept  # until the next multiple of 20
+    records = [{**record, "id": f"other {record['id']}"} for record in FACTS[:2].to_records()]
+    other = base.tokenise(FactSet.from_records(records, name="others"))
+    batch = collator(other)
+    assert batch.pop("item").tolist() == [-1, -1]
+    with torch.no_grad():
+        logits = {"logits": base.hf(**{name: batch[name] for name in ("input_ids", "attention_mask")}).logits}
+        told = how(logits, batch["labels"], item=torch.tensor([-1, -1]))
+        assert told == how(logits, batch["labels"])  # as without places
+    with pytest.raises(ValueError, match="Two of the samples to be weighed have the id 'france'"):
+        weighing_all(how, [*items, next(item for item in items if item.fact_id == "france")])
+    monkeypatch.setattr(losses, "distances_now", lambda *given: pytest.fail("read for nothing"))
+    for kind in ("soft", "token"):
+        weighing_all(semantic_loss(kind, base), items)[1].on_step_begin(args, TrainerState(), control, model=base.hf)
+
+
+@pytest.mark.parametrize("loss", ["sample", "token", "soft"])
+def test_a_search_goes_on_where_a_rate_diverges_whatever_the_loss(loss: str, capsys) -> None:
+    settings = TrainConfig(loss=loss, refresh=1, max_grad_norm=1e9, max_epochs=2, batch_size=4)
+    found = search_learning_rate(
+        tiny("llama"), FACTS, lambda: adapter_for(tiny("llama"), "lora"), [1e12, 1e-3], train_config=settings,
+        progress=False,
+    )  # fmt: skip
+    assert found.set_index("learning_rate")["diverged"].to_dict() == {1e12: True, 1e-3: False}
     capsys.readouterr()
 
 

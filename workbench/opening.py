@@ -47,7 +47,7 @@ def open_model(
     if (folder / "adapter" / "adapter_config.json").is_file():  # what `workbench implant` writes
         folder = folder / "adapter"
     if (folder / "adapter_config.json").is_file():
-        base = base or _trained_on(folder, beside, device, dtype)
+        base = base or _trained_on(folder, beside, device, dtype, tokenizer)
         merged, tokenizer = load_adapted(folder, base, dtype=dtype, device=device, tokenizer=tokenizer)
         cast(Any, merged).config._name_or_path = f"{folder} merged"
         return load_model(merged, tokenizer=tokenizer)
@@ -58,7 +58,7 @@ def open_model(
     return load_model(path, device=device, dtype=dtype, tokenizer=tokenizer)
 
 
-def _trained_on(folder: Path, beside: HookedModel | None, device: str, dtype: str) -> HookedModel:
+def _trained_on(folder: Path, beside: HookedModel | None, device: str, dtype: str, tokenizer: Any) -> HookedModel:
     """The model that an adapter was trained on; by its digest, where `implant` recorded it, else by its name."""
     named = str(read_config(folder).base_model_name_or_path or "")
     record = folder.parent / "training.json"
@@ -71,7 +71,7 @@ def _trained_on(folder: Path, beside: HookedModel | None, device: str, dtype: st
         raise ValueError(f"The adapter in {folder} does not say which model it was trained on; give base=.")
     recorded = about.get("base_dtype", "auto") if dtype == "auto" else dtype
     try:
-        found = load_model(named, device=device, dtype=recorded)
+        found = load_model(named, device=device, dtype=recorded, tokenizer=tokenizer)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"The base {named} of the adapter in {folder} cannot be opened; give base=. {error}"

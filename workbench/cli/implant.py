@@ -113,11 +113,13 @@ def implant_command(
     ] = None,
     watch: Annotated[
         float | None,
-        Parameter(help="stop before more than this share of the known facts is lost; 16 are read"),
+        Parameter(
+            help="stop before more than this share of the known facts is lost; 16 are read, every epoch at least"
+        ),
     ] = None,
     watch_drift: Annotated[
         float | None,
-        Parameter(help="stop before the semantic distance of the known facts grows by more than this; 16 are read"),
+        Parameter(help="stop before the semantic distance of the known facts grows by more than this; read as --watch"),
     ] = None,
     seed: Seed = 0,
     format: Literal[FORMATS] = "auto",  # type: ignore[valid-type]
@@ -148,6 +150,8 @@ def implant_command(
     how = {"keep": keep, "filter-weight": filter_weight, "filter-low": filter_low, "filter-metric": filter_metric}
     if rule == "all" and (said := [name for name, value in how.items() if value is not None]):
         raise ValueError(f"--{said[0]} says how a --filter keeps facts; name a filter, or leave it out.")
+    if filter_metric is not None and rule in ("random", "loss"):
+        raise ValueError(f"--filter-metric names a distance, and --filter {rule} chooses by none; leave it out.")
     choice: dict[str, Any] = {"quota": quota, "strategy": strategy, "score": score}
     choosing = {name: value for name, value in choice.items() if value is not None}
     if choosing and (not method.startswith("loki") or selection is not None):
@@ -181,8 +185,8 @@ def implant_command(
 
     about = load_json(folder.file("training.json"))
     print(f"trained prompts answered: {about['efficacy']:.0%} after {about['epochs']} epochs")
-    for sentence in undone(about.get("watches", [])):
-        print(sentence)
+    for watched in about.get("watches", []):
+        print(*undone([watched]), f"watching took {watched['cost'] or 0:.0%} of the training's time", sep="\n")
     for name, figure in figures_of(load_frame(folder.file("forgetting.parquet"))).items():
         print(f"{name}: {figure}")
     for name in ("adapter", "merged", "README.md"):

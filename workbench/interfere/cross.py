@@ -60,8 +60,9 @@ def linear_suppression(problem: Problem) -> Iterator[Found]:
     every fact takes the place of a query for every pair and layer (as attribution patching does: Nanda, 2023), so that
     it is for many facts, and its pairs are judged. What it leaves out is everything that bends: a unit that saturates,
     two units that stand in for each other. On the default model it puts pairs in nearly the order of the whole drops
-    (rank correlation 0.98 in the median layer), but in a few layers the largest of them have the other sign, and next
-    to the output it misses by half (`analyses/LOG.md`). Read the pairs that matter again by "suppression".
+    (rank correlation 0.98 in the median layer), but in two layers a third of the largest have the other sign, and next
+    to the output it misses the drop by more than half (`analyses/LOG.md`). Read the pairs that matter again by
+    "suppression".
 
     The nulls are those of `suppression`, in more draws, because here they cost no pass.
 

@@ -119,7 +119,8 @@ def conflict_rates(result: xr.Dataset, *, metric: str = "gradient") -> pd.DataFr
         Frame with layer, n_pairs, and in three groups: `conflict_rate` with its 95% interval over facts `low`..`high`;
         `chance` (the share in the draws of shuffled units) with the two-sided `p_value` and `q_value` of the rate
         against it, and the same of units shuffled among those of similar size: `matched_chance`, `matched_p`,
-        `matched_q` (see `share_by_chance`; NaN in results from before the shares were kept); the rates `within` and
+        `matched_q` (p and q by `share_by_chance` and of "gradient" alone, whose draws make pairs independent; all NaN
+        in results from before the shares were kept); the rates `within` and
         `across` relations, their `difference` with its 95% interval over facts `difference_low`..`difference_high`,
         and `relation_p` and `relation_q` against relations shuffled over facts. q is by Benjamini and Hochberg over
         the layers there are.
@@ -145,7 +146,8 @@ def conflict_rates(result: xr.Dataset, *, metric: str = "gradient") -> pd.DataFr
             shares = result[name].sel(metric=metric).values.astype(np.float64)
         draws = result.attrs.get(drawn, {}).get(metric, 1)
         found[chance] = shares
-        found[p_value] = np.array([share_by_chance(*both, n_pairs, draws) for both in zip(rates, shares, strict=True)])
+        judged = shares if metric == "gradient" else np.full(len(rates), np.nan)
+        found[p_value] = np.array([share_by_chance(*both, n_pairs, draws) for both in zip(rates, judged, strict=True)])
         found[q_value] = benjamini_hochberg(found[p_value])
     generator = np.random.default_rng(result.attrs.get("seed", 0))
     shuffles = [generator.permutation(len(relations)) for _ in range(result.attrs.get("permutations", 999))]

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-_FROM_THE_HUB = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+_FROM_THE_HUB = ["*.json", "*.jinja", "*.txt", "*.model"]
 _OTHERS = f"the default model {DEFAULT_NAME!r}, a folder of safetensors or a .gguf file"
 
 
@@ -75,7 +75,7 @@ def load_hf(
     return LoadedModel(hf=model.eval(), tokenizer=tokenizer, path=folder, name=name)
 
 
-def _find(text: str, revision: str | None, trust_remote_code: bool) -> tuple[Path, str]:
+def _find(text: str, revision: str | None, trust_remote_code: bool, weights: bool = True) -> tuple[Path, str]:
     """Return the local folder for what the user named, and the name to show."""
     if not text.strip():
         raise ValueError(f"no model is named; name {_OTHERS}, or a hub id such as 'org/model'")
@@ -97,12 +97,12 @@ def _find(text: str, revision: str | None, trust_remote_code: bool) -> tuple[Pat
         raise FileNotFoundError(f"there is no file {text}")
     if path.is_absolute() or text.startswith((".", "~")) or text.endswith("/") or text.count("/") > 1:
         raise FileNotFoundError(f"there is no folder {text!r}; name {_OTHERS}, or a hub id such as 'org/model'")
-    return _fetch_from_hub(text, revision, trust_remote_code), text
+    return _fetch_from_hub(text, revision, trust_remote_code, weights), text
 
 
 def tokenizer_of(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder, whatever else it holds, of a `.gguf` file, the default model or a hub id."""
-    folder, name = _find(os.fspath(name_or_path), None, False)
+    folder, name = _find(os.fspath(name_or_path), None, False, weights=False)
     if not _has_tokenizer(folder):
         raise FileNotFoundError(f"{name} has no tokenizer (looked in {folder} for tokenizer.json and its kin)")
     return read_tokenizer(folder, name)
@@ -117,8 +117,8 @@ def _has_tokenizer(folder: Path) -> bool:
     return any((folder / file).is_file() for file in _TOKENIZER_FILES)
 
 
-def _fetch_from_hub(repo: str, revision: str | None, trust_remote_code: bool) -> Path:
-    wanted = [*_FROM_THE_HUB, *(["*.py"] if trust_remote_code else [])]
+def _fetch_from_hub(repo: str, revision: str | None, trust_remote_code: bool, weights: bool = True) -> Path:
+    wanted = [*_FROM_THE_HUB, *(["*.safetensors"] if weights else []), *(["*.py"] if trust_remote_code else [])]
     try:
         folder = snapshot_download(
             repo, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*", "consolidated*", "adapter_*"]
@@ -176,7 +176,7 @@ def _check_files(folder: Path, name: str, *, needs_tokenizer: bool) -> None:
     if needs_tokenizer and not _has_tokenizer(folder):
         raise FileNotFoundError(
             f"{name} has no tokenizer (looked in {folder} for tokenizer.json and its kin); save it there with "
-            "`tokenizer.save_pretrained(folder)`, or pass tokenizer= (in commands about facts --tokenizer)"
+            "`tokenizer.save_pretrained(folder)`, or pass tokenizer= (--tokenizer, where a command has it)"
         )
 
 

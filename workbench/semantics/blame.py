@@ -140,8 +140,8 @@ def drift_shares(frame: pd.DataFrame, *, draws: int = DRAWS, seed: int = SEED) -
 
     Shares are averaged with weights |drift|, so that what did not move counts for little. Matched draws are averaged
     within a fact first; `difference` is paired - matched of the same fact. Columns: layer, units, metric, n
-    (facts that drifted and have such units), n_units and size (means over facts), share, low, high (95% bootstrap over
-    facts; missing where n is 0).
+    (facts that drifted and have such units), n_units and size (means over these facts), share, low, high (95% bootstrap
+    over facts; missing where n is below 2).
     """
     records = []
     for (layer, metric), rows in frame.groupby(["layer", "metric"], sort=False, dropna=False):
@@ -150,14 +150,15 @@ def drift_shares(frame: pd.DataFrame, *, draws: int = DRAWS, seed: int = SEED) -
         shares = rows.groupby(["units", "fact"], sort=False)["share"].mean().unstack("units").reindex(drift.index)
         if {"paired", "matched"} <= set(shares):
             shares["difference"] = shares["paired"] - shares["matched"]
-        about = rows.groupby("units")[["n_units", "size"]].mean()
+        about = rows[rows["share"].notna()].groupby("units")[["n_units", "size"]].mean()
         for units in shares if len(drift) else []:
             there = shares[units].notna()
             values, weights = (of[there].to_numpy(np.float64) for of in (shares[units], drift))
             told = [np.nan] * 3
             if len(values):
-                low, high = interval(values, weights, draws=draws, seed=seed)
-                told = [float(np.average(values, weights=weights)), float(low), float(high)]
+                told[0] = float(np.average(values, weights=weights))
+            if len(values) > 1:
+                told[1:] = map(float, interval(values, weights, draws=draws, seed=seed))
             found = about.loc[units].tolist() if units in about.index else [np.nan, np.nan]
             records.append((layer, units, metric, len(values), *found, *told))
     columns = ["layer", "units", "metric", "n", "n_units", "size", "share", "low", "high"]

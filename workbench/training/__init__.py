@@ -5,8 +5,8 @@ from workbench.training.batches import IGNORED, collate, efficacy, held_out_prom
 from workbench.training.bounds import undone
 from workbench.training.cards import card, figures_of
 from workbench.training.exporting import export
-from workbench.training.losses import READS, SemanticLoss, semantic_loss, weighing_all
-from workbench.training.run import LEARNING_RATES, DivergedError, TrainingRun, implant, own_randomness
+from workbench.training.losses import READS, DivergedError, SemanticLoss, semantic_loss, weighing_all
+from workbench.training.run import LEARNING_RATES, TrainingRun, implant, own_randomness
 from workbench.training.search import check_rates, search_learning_rate
 from workbench.training.watching import DriftWatch
 from workbench.training.weighting import sample_weights, token_weights

@@ -62,7 +62,9 @@ def name_of(item: Tokenised) -> str:
 
 
 def collate(items: Sequence[Tokenised], places: Mapping[str, int] | None = None) -> dict[str, Tensor]:
-    """A padded batch whose labels are the learned tokens and nothing else; with `places`, `item` says which they are.
+    """A padded batch whose labels are the learned tokens and nothing else.
+
+    With `places`, `item` says which of them each is; -1 is none.
 
     >>> batch = collate([TokenisedFact("a", (5, 6), (7,)), TokenisedFact("b", (5,), (8,))])
     >>> batch["labels"].tolist()
@@ -71,7 +73,9 @@ def collate(items: Sequence[Tokenised], places: Mapping[str, int] | None = None)
     ids, mask = pad_batch([item.ids for item in items], side="right")
     labels, _ = pad_batch([labelled(item) for item in items], pad_id=IGNORED, side="right")
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    return batch if places is None else batch | {"item": torch.tensor([places[name_of(item)] for item in items])}
+    if places is None:
+        return batch
+    return batch | {"item": torch.tensor([places.get(name_of(item), -1) for item in items])}
 
 
 @torch.no_grad()

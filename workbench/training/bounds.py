@@ -20,16 +20,17 @@ def check_watch(watch: Any, probe: Any, retained: Any, most: int) -> None:
             raise ValueError(f"{name} is a FactSet, as `load_facts` gives, not {facts!r:.80}.")
     numbers = {"share": watch.share, "factor": watch.factor, "drift": watch.drift, "forgetting": watch.forgetting}
     for name, value in {**numbers, "floor": watch.floor}.items():
-        if isinstance(value, bool) or not isinstance(value, Real | None):
+        missing = value is None and name not in ("share", "factor")
+        if isinstance(value, bool) or not (missing or isinstance(value, Real)):
             raise ValueError(f"{name} must be a number, not {value!r}.")
     if not len(probe) or (retained is not None and not len(retained)):
         raise ValueError("There is nothing to watch: the set of facts is empty.")
     unknown = [metric for metric in watch.metrics if not isinstance(metric, str) or metric not in AWAY]
     if unknown or not watch.metrics:
         raise ValueError(f"metric must be among {list(AWAY)}, not {list(watch.metrics)}.")
-    if watch.action not in ACTIONS:
+    if not isinstance(watch.action, str) or watch.action not in ACTIONS:
         raise ValueError(f"action must be one of {list(ACTIONS)}, not {watch.action!r}.")
-    if watch.out is not None and watch.out.suffix not in (".parquet", ".csv"):
+    if watch.out is not None and getattr(watch.out, "suffix", None) not in (".parquet", ".csv"):
         raise ValueError(f"out must be a .parquet or .csv file, not {watch.out}.")
     counts = {"most": most, "layers": watch.layers} | ({} if watch.every == "auto" else {"every": watch.every})
     for name, count in counts.items():
@@ -61,6 +62,10 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _number(value: float | None, form: str) -> str:
+    return "no finite number" if value is None else format(value, form)
+
+
 def undone(watches: Any) -> list[str]:
     """What watches did at their bounds, a sentence each, from what `training.json` has of them.
 
@@ -72,7 +77,7 @@ def undone(watches: Any) -> list[str]:
     for watch in watches:
         for one in watch["acted"]:
             told = " and ".join(
-                f"of {bound:g} on {name} ({'not a number' if one[name] is None else format(one[name], '.3g')})"
+                f"of {_number(bound, 'g')} on {name} ({_number(one[name], '.3g')})"
                 for name, bound in watch["bounds"].items()
                 if name in one
             )

@@ -133,7 +133,7 @@ def plain(how: SemanticLoss, tokens: Tokens, item: Tensor | None) -> Weighed:
 
 def sample(how: SemanticLoss, tokens: Tokens, item: Tensor | None) -> Weighed:
     """Cross-entropy times the weight of the sample: as last refreshed, or among this batch where `item` is missing."""
-    if item is not None and how.weights is not None:
+    if item is not None and how.weights is not None and (item >= 0).all():  # else of an evaluation
         weight = how.weights[item.cpu()].to(tokens.nll)[tokens.row]
     else:
         rows, row = tokens.row.unique(return_inverse=True)
@@ -218,18 +218,31 @@ def semantic_loss(
     return SemanticLoss(chosen, matrix)
 
 
+class DivergedError(ValueError):
+    """The loss became NaN or infinite."""
+
+
 class Refresh(TrainerCallback):
-    """Weighs all samples anew, by the model in training, every so many optimiser steps."""
+    """Weighs all samples anew, by the model in training, at the start and every so many optimiser steps."""
 
     def __init__(self, loss: SemanticLoss, items: Sequence[Tokenised]) -> None:
         self.loss, self.items = loss, items
 
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Forget the weights of another training, or of before the checkpoint."""
+        self.loss.weights = None
+
     def on_step_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """One forward pass over everything that is trained."""
-        if state.global_step % self.loss.settings.refresh == 0:
-            self.loss.weights = self.loss.weigh(distances_now(model, self.items, self.loss.W_E))
+        """One forward pass over everything that is trained, where the loss has weights of samples."""
+        settings = self.loss.settings
+        if settings.loss != "sample" or (self.loss.weights is not None and state.global_step % settings.refresh):
+            return
+        distance = distances_now(model, self.items, self.loss.W_E)
+        if not distance.isfinite().all():
+            raise DivergedError(f"The model says no numbers at step {state.global_step}: use a smaller learning rate.")
+        self.loss.weights = self.loss.weigh(distance)
 
 
 def weighing_all(
@@ -237,16 +250,20 @@ def weighing_all(
 ) -> tuple[type[Trainer], Refresh, Callable[..., Any]]:
     """What makes a loss of kind "sample" weigh all samples against each other, anew every `refresh` steps.
 
-    `items` are what is trained, as `tokenise` gives them, each of them another. Gives a trainer like `make`, a callback
-    and a collator:
+    `items` are what is trained, as `tokenise` gives them; others, as in an evaluation, are weighed batch by batch.
+    Gives a trainer like `make`, a callback and a collator:
 
         trainer_class, refresh, collator = weighing_all(loss, items)
         trainer_class(model, args, train_dataset=items, data_collator=collator, callbacks=[refresh],
                       compute_loss_func=loss).train()
 
-    The arguments need `remove_unused_columns=False`, as items are no dictionaries.
+    Raises:
+        ValueError: two items with one id.
     """
     places = {name_of(item): place for place, item in enumerate(items)}
+    if len(places) < len(items):
+        twice = next(name_of(item) for place, item in enumerate(items) if places[name_of(item)] != place)
+        raise ValueError(f"Two of the samples to be weighed have the id {twice!r}: give each its own.")
     return knowing_items(make, loss), Refresh(loss, items), partial(collate, places=places)
 
 

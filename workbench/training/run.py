@@ -24,7 +24,7 @@ from workbench.models import HookedModel, load_model
 from workbench.results import save_frame, save_json
 from workbench.training.batches import Tokenised, collate, efficacy, tokenise
 from workbench.training.cards import card, hub_id
-from workbench.training.losses import SemanticLoss, weighing_all
+from workbench.training.losses import DivergedError, SemanticLoss, weighing_all
 from workbench.training.methods import Adapter, attached, kind_of, rounded, save, scheduled, starting_point, trainer_for
 from workbench.training.watching import DriftWatch
 
@@ -40,10 +40,6 @@ LEARNING_RATES = {
     "LN_TUNING": 5e-3,
     "FULL": 5e-5,
 }
-
-
-class DivergedError(ValueError):
-    """The loss of a training is not finite."""
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from tqdm import tqdm
 from workbench.config import TrainConfig
 from workbench.facts import ExampleSet, FactSet
 from workbench.models import HookedModel, load_model
+from workbench.training.losses import DivergedError
 from workbench.training.methods import Adapter
-from workbench.training.run import DivergedError, TrainingRun, implant
+from workbench.training.run import TrainingRun, implant
 
 log = logging.getLogger(__name__)
 

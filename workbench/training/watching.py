@@ -107,7 +107,7 @@ class DriftWatch(TrainerCallback):
         self.every, self.share, self.each_epoch, self.floor = every, share, each_epoch, floor
         self.seed, self.clock = seed, clock
         self.drift, self.forgetting, self.action, self.factor, self.layers = drift, forgetting, action, factor, layers
-        self.out = None if out is None else Path(out)
+        self.out = Path(out) if isinstance(out, str) else out
         check_watch(self, probe, retained, most)
         given = {"probe": probe} | ({} if retained is None else {"retained": retained})
         self.groups = {name: base.tokenise(facts.at_most(most, seed)) for name, facts in given.items()}
@@ -148,7 +148,7 @@ class DriftWatch(TrainerCallback):
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What was watched, what it cost, what was done and where the run ended (of which step the weights are)."""
+        """What was watched, what it cost, what was done and where the run ended, as plain values."""
         training = max(self.total - self.spent, 0.0)
         cost = self.spent / training if training > 0 else None
         told = {
@@ -316,7 +316,7 @@ class DriftWatch(TrainerCallback):
         return {"drift": AWAY[self.metrics[0]] * change[self.metrics[0]], "forgetting": change["forgetting"]}
 
     def _end(self) -> dict[str, Any]:
-        """The step whose weights training ended with, what was read of them, and whether they are within the bounds."""
+        """Where training ended: after a stop, where it went back to; with a better checkpoint loaded, the last step."""
         rows = [row for row in self.rows if row["step"] == self.end_step]
         within = not self._crossed(rows) if rows and self._bounds() else None
         return {"step": self.end_step, **(self._bounded_values(rows) if rows else {}), "within_bounds": within}
