@@ -86,11 +86,11 @@ def share_by_chance(share: float, drawn: float, n_pairs: int, n_draws: int) -> f
 
     For a measure that compares the units of two facts, as gradients do: every fact's are shuffled by themselves, so
     what becomes of any two pairs is independent, even of pairs that have a fact in common: its order against the one
-    other is any order, whatever it is against the second. Not for suppression, which reads facts that are as they were:
-    there all pairs with the same silenced fact have the same draw. A
-    draw's share therefore varies by the sum of p (1 - p) over pairs, at most as a binomial share of as many pairs does.
-    So the pairs of all draws are taken as that many independent ones, and the observed are set against them by Fisher's
-    exact test. It calls too rarely, not too often, where pairs differ in how likely they are to be below 0.
+    other is any order, whatever it is against the second. (Not for suppression, which reads facts as they are: there
+    all pairs with the same silenced fact have the same draw.) A draw's share therefore varies by the sum of p (1 - p)
+    over pairs, at most as a binomial share of as many pairs does. So the pairs of all draws are taken as that many
+    independent ones, and the observed are set against them by Fisher's exact test. It calls too rarely, not too often,
+    where pairs differ in how likely they are to be below 0.
     NaN where there is no share of draws.
 
     >>> share_by_chance(0.5, 0.5, 10, 19), round(share_by_chance(0.0, 0.5, 3, 1), 12)
