@@ -104,6 +104,17 @@ def test_models_whose_tokenizers_cut_text_otherwise_are_refused(caplog) -> None:
     assert "other special tokens" in caplog.text
 
 
+def test_an_adapter_is_read_with_another_tokenizer_than_its_base_was(runs) -> None:
+    """The digest of the base is of its own tokenizer, so the base is told by that."""
+    _, loki, _ = runs
+    words = tokenizer()
+    words.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    opened = open_model(str(loki.adapter), tokenizer=words)
+    assert opened.tokenizer("the").input_ids[0] == 1
+    own = open_model(str(loki.adapter)).hf.state_dict()
+    assert all(torch.equal(weight, own[name]) for name, weight in opened.hf.state_dict().items())
+
+
 def test_one_tokenizer_object_costs_nothing(monkeypatch) -> None:
     first, second = (load_model(random_model("llama"), tokenizer=tiny("llama").tokenizer) for _ in range(2))
     monkeypatch.setattr(type(first.tokenizer), "__call__", None)
@@ -136,6 +147,10 @@ def test_a_folder_without_a_tokenizer_is_read_by_another(tmp_path, monkeypatch, 
     adapter.peft_config["default"].base_model_name_or_path = bare
     adapter.save_pretrained(tmp_path / "adapter")
     assert call(monkeypatch, "drift", tmp_path / "adapter", bare, *how, "--tokenizer", whole) == 0
+    assert call(monkeypatch, "drift", whole, tmp_path / "adapter", *how) == 0  # the base is read by the other's
+    assert call(monkeypatch, "drift", tmp_path / "adapter", bare, *how) == 1
+    tokenizer().save_pretrained(tmp_path / "adapter")  # as a Trainer does that has one
+    assert call(monkeypatch, "drift", tmp_path / "adapter", bare, *how) == 0
     only = tmp_path / "only"  # a folder of nothing else
     only.mkdir()
     shutil.copy(whole / "tokenizer.json", only)

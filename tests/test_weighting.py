@@ -386,7 +386,7 @@ def test_in_ones_own_trainer_all_samples_can_be_weighed_whatever_the_batches(tmp
 
 
 def test_samples_are_weighed_at_the_start_of_every_training_and_others_by_batch(monkeypatch, tmp_path, capsys) -> None:
-    base = tiny("llama")
+    base, real = tiny("llama"), weighing_all
     items, how = base.tokenise(FACTS), semantic_loss("sample", base, refresh=20)
     _, refresh, collator = weighing_all(how, items)
     args, state, control = None, TrainerState(global_step=7), TrainerControl()  # as after a checkpoint
@@ -406,11 +406,32 @@ def test_samples_are_weighed_at_the_start_of_every_training_and_others_by_batch(
         logits = {"logits": base.hf(**{name: batch[name] for name in ("input_ids", "attention_mask")}).logits}
         told = how(logits, batch["labels"], item=torch.tensor([-1, -1]))
         assert told == how(logits, batch["labels"])  # as without places
+    monkeypatch.setattr(sys.modules[__name__], "weighing_all", lambda loss, items: real(loss, items[:4]))
+    with pytest.raises(ValueError, match="A sample is trained that is not among those to be weighed"):
+        own_trainer(how, tmp_path, whole=True)
+    monkeypatch.undo()
     with pytest.raises(ValueError, match="Two of the samples to be weighed have the id 'france'"):
         weighing_all(how, [*items, next(item for item in items if item.fact_id == "france")])
     monkeypatch.setattr(losses, "distances_now", lambda *given: pytest.fail("read for nothing"))
     for kind in ("soft", "token"):
         weighing_all(semantic_loss(kind, base), items)[1].on_step_begin(args, TrainerState(), control, model=base.hf)
+
+
+@pytest.mark.parametrize("kind", ["sample", "token"])
+def test_an_evaluation_leaves_no_trace_in_the_loss(kind: str) -> None:
+    logits, labels, W_E = given_batch()
+    told = {}
+    for evaluated in (True, False):
+        how = semantic_loss(kind, W_E, permuted=True, seed=2)
+        losses = []
+        for _ in range(6):
+            losses.append(float(how({"logits": logits}, labels)))
+            if evaluated:
+                with torch.no_grad():
+                    how({"logits": 3 * logits}, labels)
+        told[evaluated] = (losses, how.taken(), how.summary())
+    assert told[True] == told[False]
+    assert len({round(loss, 6) for loss in told[True][0]}) > 1  # every batch has an order of its own
 
 
 @pytest.mark.parametrize("loss", ["sample", "token", "soft"])

@@ -8,7 +8,15 @@ from typing import Any, cast
 from torch import nn
 
 from workbench.loki import load_adapted, merged_copy, read_config
-from workbench.models import PROBES, HookedModel, lacks_tokenizer, load_model, own_tokenizer
+from workbench.models import (
+    PROBES,
+    HookedModel,
+    has_tokenizer,
+    lacks_tokenizer,
+    load_model,
+    own_tokenizer,
+    tokenizer_of,
+)
 from workbench.results import load_json
 
 log = logging.getLogger(__name__)
@@ -70,13 +78,19 @@ def _trained_on(folder: Path, beside: HookedModel | None, device: str, dtype: st
     if not named:
         raise ValueError(f"The adapter in {folder} does not say which model it was trained on; give base=.")
     recorded = about.get("base_dtype", "auto") if dtype == "auto" else dtype
-    try:
-        found = load_model(named, device=device, dtype=recorded, tokenizer=tokenizer)
+    bare = lacks_tokenizer(named)
+    if bare and tokenizer is None:
+        own = has_tokenizer(folder)
+        tokenizer = tokenizer_of(folder) if own else getattr(beside, "tokenizer", None)
+        if tokenizer is not None:
+            log.warning("%s has no tokenizer; that of %s is used.", named, folder if own else "the other model")
+    try:  # by its own tokenizer where it has one, which its digest is of
+        found = load_model(named, device=device, dtype=recorded, tokenizer=tokenizer if bare else None)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"The base {named} of the adapter in {folder} cannot be opened; give base=. {error}"
         ) from error
-    if digest and recorded == about.get("base_dtype") and found.digest != digest:
+    if digest and not bare and recorded == about.get("base_dtype") and found.digest != digest:
         raise ValueError(f"The adapter in {folder} was trained on other weights than those of {named}; give base=.")
     return found
 

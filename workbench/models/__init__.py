@@ -15,7 +15,7 @@ from workbench.models.hooked import (
 )
 from workbench.models.loading import load_model, own_tokenizer
 from workbench.models.promises import check_finite, probe_ids
-from workbench.models.sources import default_model, lacks_tokenizer, list_models, load_hf, tokenizer_of
+from workbench.models.sources import default_model, has_tokenizer, lacks_tokenizer, list_models, load_hf, tokenizer_of
 
 __all__ = [
     "HALF",
@@ -28,6 +28,7 @@ __all__ = [
     "default_model",
     "forward_through",
     "free_memory",
+    "has_tokenizer",
     "in_float32",
     "inputs_first",
     "lacks_tokenizer",

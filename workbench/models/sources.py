@@ -103,18 +103,19 @@ def _find(text: str, revision: str | None, trust_remote_code: bool, weights: boo
 def tokenizer_of(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder, whatever else it holds, of a `.gguf` file, the default model or a hub id."""
     folder, name = _find(os.fspath(name_or_path), None, False, weights=False)
-    if not _has_tokenizer(folder):
+    if not has_tokenizer(folder):
         raise FileNotFoundError(f"{name} has no tokenizer (looked in {folder} for tokenizer.json and its kin)")
     return read_tokenizer(folder, name)
 
 
 def lacks_tokenizer(folder: str | Path) -> bool:
     """Whether this is the folder of a model, but not of its tokenizer, as a checkpoint of transformers' Trainer."""
-    return (Path(folder) / "config.json").is_file() and not _has_tokenizer(Path(folder))
+    return (Path(folder) / "config.json").is_file() and not has_tokenizer(folder)
 
 
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / file).is_file() for file in _TOKENIZER_FILES)
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a tokenizer lies in a folder."""
+    return any((Path(folder) / file).is_file() for file in _TOKENIZER_FILES)
 
 
 def _fetch_from_hub(repo: str, revision: str | None, trust_remote_code: bool, weights: bool = True) -> Path:
@@ -173,7 +174,7 @@ def _check_files(folder: Path, name: str, *, needs_tokenizer: bool) -> None:
         missing = sorted(named - weights)
         if missing:
             raise FileNotFoundError(f"{name} lacks {', '.join(missing)}, which its index names; download it in full")
-    if needs_tokenizer and not _has_tokenizer(folder):
+    if needs_tokenizer and not has_tokenizer(folder):
         raise FileNotFoundError(
             f"{name} has no tokenizer (looked in {folder} for tokenizer.json and its kin); save it there with "
             "`tokenizer.save_pretrained(folder)`, or pass tokenizer= (--tokenizer, where a command has it)"

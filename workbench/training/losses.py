@@ -100,8 +100,9 @@ class SemanticLoss:
             )
         self.W_E = self.W_E.to(tokens.logits.device)  # Trainer may have moved the model since it was copied
         loss, weight = LOSSES[self.settings.loss](self, tokens, item)
-        self._since = self._since.plus(tokens.nll, weight)
-        self._whole = self._whole.plus(tokens.nll, weight)
+        if torch.is_grad_enabled():  # trained, not evaluated
+            self._since = self._since.plus(tokens.nll, weight)
+            self._whole = self._whole.plus(tokens.nll, weight)
         if isinstance(num_items_in_batch, Tensor):  # of several devices: a share for each
             num_items_in_batch = num_items_in_batch.sum().to(loss.device)
         return loss.sum() / (max(len(loss), 1) if num_items_in_batch is None else num_items_in_batch)
@@ -114,6 +115,11 @@ class SemanticLoss:
     def permuted(self, rows: Float[Tensor, "n ..."], draw: np.random.Generator) -> Float[Tensor, "n ..."]:
         """Weights, or meanings, in another order for the permuted control, else as they are."""
         return rows[torch.from_numpy(draw.permutation(len(rows)))] if self.settings.permuted else rows
+
+    @property
+    def draw(self) -> np.random.Generator:
+        """What the control of a batch is drawn from; an evaluation takes nothing from that of the training."""
+        return self._draw if torch.is_grad_enabled() else np.random.default_rng(self.settings.seed)
 
     def taken(self) -> dict[str, float]:
         """Columns of a history since this was last asked: plain `nll` (nats per learned token), and the weights."""
@@ -141,7 +147,7 @@ def sample(how: SemanticLoss, tokens: Tokens, item: Tensor | None) -> Weighed:
             log.warning("A batch of one sequence has nothing to be weighed against; see `weighing_all`.")
             how.warned = True
         distance = sample_distances(tokens._replace(row=row, logits=tokens.logits.detach()), len(rows), how.W_E)
-        weight = how.permuted(sample_weights(distance, how.settings.beta, how.settings.clip), how._draw)
+        weight = how.permuted(sample_weights(distance, how.settings.beta, how.settings.clip), how.draw)
         weight = weight.to(tokens.nll)[row]
     return Weighed(weight * tokens.nll, weight)
 
@@ -149,7 +155,7 @@ def sample(how: SemanticLoss, tokens: Tokens, item: Tensor | None) -> Weighed:
 def token(how: SemanticLoss, tokens: Tokens, item: Tensor | None) -> Weighed:
     """Cross-entropy times the weight of the token."""
     weight = token_weights(tokens.logits, tokens.target, how.W_E, how.settings.gamma)
-    weight = how.permuted(weight, how._draw)
+    weight = how.permuted(weight, how.draw)
     return Weighed(weight * tokens.nll, weight)
 
 
@@ -272,7 +278,10 @@ def knowing_items(make: type[Trainer], loss: SemanticLoss) -> type[Trainer]:
 
     class Knowing(make):  # type: ignore[misc, valid-type]
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            self.compute_loss_func = partial(loss, item=inputs.pop("item"))
+            item = inputs.pop("item")
+            if model.training and (item < 0).any():
+                raise ValueError("A sample is trained that is not among those to be weighed: give all that is trained.")
+            self.compute_loss_func = partial(loss, item=item)
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     return Knowing
