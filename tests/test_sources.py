@@ -335,6 +335,9 @@ def test_a_hub_id_is_fetched_without_pickles_and_code(
     rules = {"allow_patterns": asked["allow_patterns"], "ignore_patterns": asked["ignore_patterns"]}
     kept = list(huggingface_hub.utils.filter_repo_objects(files, **rules))
     assert kept == ["model.safetensors", "tokenizer.json"]
+    assert sources.tokenizer_of("someone/tiny").get_vocab() == loaded.tokenizer.get_vocab()
+    rules = {"allow_patterns": asked["allow_patterns"], "ignore_patterns": asked["ignore_patterns"]}
+    assert list(huggingface_hub.utils.filter_repo_objects(files, **rules)) == ["tokenizer.json"]
 
 
 def test_an_unreachable_hub_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,10 +60,21 @@ def open_model(
         cast(Any, merged).config._name_or_path = f"{folder} merged"
         return load_model(merged, tokenizer=tokenizer)
     path = str(getattr(model, "adapter", model))
-    if tokenizer is None and beside is not None and lacks_tokenizer(path):  # as a Trainer's checkpoint
-        log.warning("%s has no tokenizer; that of %s is used.", path, beside.name)
-        tokenizer = beside.tokenizer
-    return load_model(path, device=device, dtype=dtype, tokenizer=tokenizer)
+    return load_model(path, device=device, dtype=dtype, tokenizer=tokenizer or _lent(path, beside))
+
+
+def _lent(path: str, beside: HookedModel | None, adapter: Path | None = None) -> Any:
+    """For a model's folder without a tokenizer, as a Trainer's checkpoint is: its adapter's, or the other model's."""
+    if not lacks_tokenizer(path):
+        return None
+    if adapter is not None and has_tokenizer(adapter):
+        lender, lent = str(adapter), tokenizer_of(adapter)
+    elif beside is not None:
+        lender, lent = beside.name, beside.tokenizer
+    else:
+        return None
+    log.warning("%s has no tokenizer; that of %s is used.", path, lender)
+    return lent
 
 
 def _trained_on(folder: Path, beside: HookedModel | None, device: str, dtype: str, tokenizer: Any) -> HookedModel:
@@ -79,13 +90,9 @@ def _trained_on(folder: Path, beside: HookedModel | None, device: str, dtype: st
         raise ValueError(f"The adapter in {folder} does not say which model it was trained on; give base=.")
     recorded = about.get("base_dtype", "auto") if dtype == "auto" else dtype
     bare = lacks_tokenizer(named)
-    if bare and tokenizer is None:
-        own = has_tokenizer(folder)
-        tokenizer = tokenizer_of(folder) if own else getattr(beside, "tokenizer", None)
-        if tokenizer is not None:
-            log.warning("%s has no tokenizer; that of %s is used.", named, folder if own else "the other model")
+    used = (tokenizer or _lent(named, beside, folder)) if bare else None
     try:  # by its own tokenizer where it has one, which its digest is of
-        found = load_model(named, device=device, dtype=recorded, tokenizer=tokenizer if bare else None)
+        found = load_model(named, device=device, dtype=recorded, tokenizer=used)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"The base {named} of the adapter in {folder} cannot be opened; give base=. {error}"

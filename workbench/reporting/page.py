@@ -18,7 +18,7 @@ from workbench.figures import plotly_source
 from workbench.reporting.artefacts import Artefacts, has, read_artefacts
 from workbench.reporting.sections import Panel, Section, sections
 from workbench.reporting.words import number
-from workbench.results.files import write_atomically
+from workbench.results.files import finite, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def safe_json(value: Any) -> Markup:
     >>> str(safe_json("</script>&"))
     '"\\u003c/script\\u003e\\u0026"'
     """
-    text = json.dumps(_finite(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text = json.dumps(finite(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for char in "<>&\u2028\u2029":
         text = text.replace(char, f"\\u{ord(char):04x}")
     return Markup(text)
@@ -151,15 +151,6 @@ def _command(value: Any) -> str:
 
 def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
-
-
-def _finite(value: Any) -> Any:
-    """The same data with null for what JSON has no word for."""
-    if isinstance(value, Mapping):
-        return {str(key): _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 @cache

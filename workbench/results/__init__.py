@@ -3,6 +3,7 @@
 from workbench.results.files import (
     check_scores_fit,
     digest_of,
+    finite,
     free_bytes,
     load_frame,
     load_json,
@@ -35,6 +36,7 @@ __all__ = [
     "check_scores_fit",
     "digest_of",
     "export_hdf5",
+    "finite",
     "free_bytes",
     "import_hdf5",
     "load_frame",

@@ -5,9 +5,10 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,19 @@ def save_json(obj: Any, path: str | Path) -> Path:
     except (TypeError, ValueError) as error:
         raise ValueError(f"Cannot write {path} as JSON ({error}): use plain finite numbers, text, lists.") from error
     return write_atomically(path, lambda partial: partial.write_text(text + "\n", encoding="utf-8"))
+
+
+def finite(value: Any) -> Any:
+    """The same data with nothing in the place of numbers that are not finite, as JSON has no word for them.
+
+    >>> finite({"end": {"drift": float("nan"), "step": 3}, "acted": (float("inf"), "stop")})
+    {'end': {'drift': None, 'step': 3}, 'acted': [None, 'stop']}
+    """
+    if isinstance(value, Mapping):
+        return {str(key): finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def load_json(path: str | Path) -> Any:

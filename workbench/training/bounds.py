@@ -1,7 +1,6 @@
 """What a watch may be told, and what it tells when training is over."""
 
 import math
-from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any
 
@@ -47,19 +46,6 @@ def check_watch(watch: Any, probe: Any, retained: Any, most: int) -> None:
         raise ValueError(f"The bound on forgetting is a share, at most 1, not {watch.forgetting}.")
     if watch.floor is not None and not math.isfinite(watch.floor):
         raise ValueError(f"floor must be a finite number, not {watch.floor}.")
-
-
-def finite(value: Any) -> Any:
-    """Plain values with nothing in the place of numbers that are not finite, as JSON has none.
-
-    >>> finite({"end": {"drift": math.nan, "step": 3}, "acted": [math.inf, "stop"]})
-    {'end': {'drift': None, 'step': 3}, 'acted': [None, 'stop']}
-    """
-    if isinstance(value, Mapping):
-        return {name: finite(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _number(value: float | None, form: str) -> str:

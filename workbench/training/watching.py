@@ -13,8 +13,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from workbench.facts import FactSet
 from workbench.models import HookedModel
+from workbench.results import finite
 from workbench.training import transient
-from workbench.training.bounds import check_watch, finite
+from workbench.training.bounds import check_watch
 from workbench.training.probing import AWAY, Seen, blocks_of, device_of, growth, read_probe
 from workbench.training.remedies import ACTIONS, Situation, keep_trainable
 from workbench.training.resuming import beside, check_resumed, check_same_start, rows_until, seconds_until, write_frame
